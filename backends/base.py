@@ -1,0 +1,154 @@
+"""The contract of every backend: where slots come from and what can be done with one."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
+
+
+@dataclass
+class Slot:
+    """A slot that belongs to one trajectory until it is released.
+
+    `lease` changes with every reset; calls carry it, so that a slot whose workspace was lost is noticed and never used on.
+    """
+
+    sandbox_id: str
+    slot_id: str
+    trajectory_id: str
+    lease: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A named start of a workspace: `build` runs once per sandbox in a slot with network, its result is frozen and shared.
+
+    `build` raises to report that the layer cannot be built; nothing is kept then, and whoever asked gets the exception.
+    """
+
+    name: str
+    build: Callable[[Slot], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class BackendStats:
+    """A moment of a backend: counts of sandboxes and slots, and of what went wrong since the start."""
+
+    sandboxes: int
+    slots: int
+    slots_in_use: int
+    waiting: int
+    sandbox_restarts: int
+
+
+class ToolBackend(ABC):
+    """Gets slots from somewhere and runs tools in them.
+
+    Owned by `async with`: entering starts it, leaving stops it. All methods may be called concurrently.
+    """
+
+    default_timeout_s: float
+
+    async def __aenter__(self) -> ToolBackend:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.shield(self.stop(purge=True))
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Bring up what is needed to hand out slots.
+
+        Raises:
+            BackendConfigError: it can never work on this machine with these options.
+            SandboxUnavailableError: the first sandbox did not come up.
+        """
+
+    @abstractmethod
+    async def stop(self, *, purge: bool = False) -> None:
+        """Give everything back; `purge` also removes what could serve a later start. May be called twice."""
+
+    @abstractmethod
+    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None) -> Slot:
+        """Wait for a free slot with a fresh workspace, that starts from `layer` if there is one.
+
+        Raises:
+            AcquireTimeoutError: none became free within `acquire_timeout_s`.
+            SandboxUnavailableError: there is no sandbox, and none could be started.
+            Exception: whatever `layer.build` raised.
+        """
+
+    @abstractmethod
+    async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
+        """Give a slot back. Never raises for a slot that is already lost; releasing twice is harmless."""
+
+    @abstractmethod
+    async def reset(self, slot: Slot, *, layer: Layer | None = None) -> None:
+        """Kill everything in the slot and give it a new box and workspace; `slot.lease` is renewed in place.
+
+        Raises:
+            SlotLostError, SandboxUnavailableError: as for `execute`.
+            Exception: whatever `layer.build` raised.
+        """
+
+    @abstractmethod
+    async def execute(self, slot: Slot, tool: str, args: dict[str, Any], *, timeout_s: float | None = None) -> ExecutionResult:
+        """Run one tool. The call leaves at once if it can; calls that pile up for a sandbox travel together.
+
+        Raises:
+            SlotLostError: the workspace is gone. The command may or may not have run.
+            ExecutionTimeoutError: no answer within `timeout_s` plus a margin.
+            SandboxUnavailableError: the sandbox does not answer.
+            SandboxProtocolError: the answer is not the protocol, or the request was malformed.
+        """
+
+    async def execute_batch(
+        self, calls: Sequence[tuple[Slot, str, dict[str, Any]]], *, timeout_s: float | None = None
+    ) -> list[ExecutionResult]:
+        """Run several tools concurrently; results are in request order. Raises the first failure as `execute` does."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.execute(slot, tool, args, timeout_s=timeout_s)) for slot, tool, args in calls]
+        return [task.result() for task in tasks]
+
+    @abstractmethod
+    async def read_artifact(
+        self, slot: Slot, path: str, *, encoding: str = "text", max_bytes: int | None = None, include_sha256: bool = False
+    ) -> ArtifactContent:
+        """Read one file of the workspace.
+
+        Raises:
+            ArtifactNotFoundError, ArtifactForbiddenError, ArtifactTooLargeError: the path's fault.
+            SandboxError: as for `execute`.
+        """
+
+    @abstractmethod
+    async def list_artifacts(
+        self, slot: Slot, path: str = ".", *, recursive: bool = False, max_entries: int | None = None
+    ) -> ArtifactListing:
+        """List a directory of the workspace. Raises as `read_artifact`."""
+
+    @abstractmethod
+    async def archive_artifacts(
+        self, slot: Slot, path: str = ".", *, max_bytes: int | None = None, max_entries: int | None = None
+    ) -> ArtifactArchive:
+        """Pack a directory of the workspace. Raises as `read_artifact`."""
+
+    @abstractmethod
+    def get_stats(self) -> BackendStats:
+        """Counts for logs and metrics."""
+
+    @asynccontextmanager
+    async def slot(self, trajectory_id: str, *, layer: Layer | None = None) -> AsyncIterator[Slot]:
+        """Hold a slot for the length of a block; it comes back on success, failure, timeout and cancellation."""
+        slot = await self.acquire(trajectory_id, layer=layer)
+        try:
+            yield slot
+        finally:
+            await asyncio.shield(self.release(slot))

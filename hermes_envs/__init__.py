@@ -1,0 +1,1 @@
+"""Environments in which a language model solves tasks by calling tools inside sandboxes."""

@@ -1,0 +1,38 @@
+"""What can go wrong above the sandboxes.
+
+    HermesEnvsError
+    ├── ConfigError               an option cannot work; the message names the field and what would help
+    ├── DatasetError              a task set cannot be read; the message names the file or the column
+    ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
+    └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
+        └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
+
+`backends.errors.SandboxError` stands beside this tree: it is raised through this package unchanged. Both `EngineError` and
+`SandboxError` are infrastructure: a trajectory that ends in one is tried again or dropped and counted, never scored 0.
+"""
+
+from __future__ import annotations
+
+
+class HermesEnvsError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(HermesEnvsError):
+    """An option cannot work; the message names the field and what would help."""
+
+
+class DatasetError(HermesEnvsError):
+    """A task set cannot be read; the message names the file or the column."""
+
+
+class EnvironmentBuildError(HermesEnvsError):
+    """The environment of a task cannot be built; the task is set aside and reported, never scored."""
+
+
+class EngineError(HermesEnvsError):
+    """The inference engine refused, timed out, or answered something that cannot become training data."""
+
+
+class InexactRolloutError(EngineError):
+    """What would be recorded is not what the engine saw and produced."""

@@ -1,0 +1,61 @@
+"""What every policy does: answer the messages of one trajectory, turn by turn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hermes_envs.rollout import Rollout
+from hermes_envs.tools.call import ToolCall
+
+Message = dict[str, Any]
+"""A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+
+FinishReason = Literal["stop", "tool_calls", "length"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer of the policy. `message` is the assistant message for the transcript; `tool_calls` has malformed calls too."""
+
+    message: Message
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+
+
+class Conversation(ABC):
+    """One trajectory's exchange with a policy. `rollout` holds the exact tokens if the policy has any."""
+
+    rollout: Rollout
+
+    @abstractmethod
+    async def respond(self, new_messages: Sequence[Message]) -> Turn:
+        """Answer: the first call gets the whole prompt, later ones only what is new since the last turn.
+
+        Raises:
+            EngineError: the engine failed or its answer cannot be used; the trajectory is an infrastructure error.
+            ContextFullError: the next prompt leaves no room for an answer; the trajectory ends here and is scored.
+        """
+
+
+class Policy(ABC):
+    """Makes conversations; shared by all trajectories of a run."""
+
+    exact: bool = False
+    """Whether its rollouts carry exact tokens that a trainer may use."""
+
+    @abstractmethod
+    def start(
+        self,
+        trajectory_id: str,
+        *,
+        tools: Sequence[dict[str, Any]],
+        reference: Sequence[ToolCall] | None = None,
+    ) -> Conversation:
+        """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution as tool calls."""
+
+
+class ContextFullError(Exception):
+    """The context has no room for another turn: an ordinary end of a trajectory."""

@@ -1,0 +1,1 @@
+"""What a model may call, and how its calls reach a slot."""

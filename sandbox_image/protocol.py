@@ -1,0 +1,289 @@
+"""The wire between a slot server and its clients.
+
+One definition for both ends: the server imports it inside the sandbox, `backends.client` imports it on the host. Only the
+standard library is used, so that it starts in a bare container.
+
+Routes (JSON both ways, `Authorization: Bearer TOKEN` when the server has one):
+
+    POST /execute            ExecuteRequest -> ExecutionResult
+    POST /batch              [ExecuteRequest] -> [ExecutionResult | Failure] in request order; with
+                             `Accept: application/x-ndjson` one BatchLine per result, each as soon as it is there
+    POST /reset              ResetRequest -> SlotState
+    POST /layers             FreezeRequest -> SlotState
+    GET  /layers             -> {"layers": [name]}
+    GET  /health             -> Health
+    GET  /slots              -> {"slots": [SlotState]}
+    POST /artifacts/read     ArtifactReadRequest -> ArtifactContent
+    POST /artifacts/list     ArtifactListRequest -> ArtifactListing
+    POST /artifacts/archive  ArtifactArchiveRequest -> ArtifactArchive
+
+A request that cannot be served is answered with the HTTP status of its `ErrorKind` and a `Failure` body. A command that fails
+is not such a request: it is an `ExecutionResult` with `success: false`.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any, Literal, Self
+
+VERSION = 1
+"""Raised whenever a client and a server of different versions would misunderstand each other."""
+
+DEFAULT_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 24 * 3600.0
+MAX_REQUEST_BYTES = 128 * 1024 * 1024
+MAX_BATCH_ITEMS = 1000
+MAX_OUTPUT_BYTES = 1_000_000
+"""What is kept of a command's output; the rest is read and thrown away."""
+MAX_FILE_BYTES = 5_000_000
+"""What `read_file` returns at most."""
+DEFAULT_ARTIFACT_BYTES = 5_000_000
+MAX_ARTIFACT_BYTES = 64 * 1024 * 1024
+DEFAULT_ARTIFACT_ENTRIES = 5_000
+MAX_ARTIFACT_ENTRIES = 1_000_000
+WORKSPACE = "/workspace"
+"""Where a slot's files are, seen from inside of its box."""
+
+
+class ErrorKind(str, Enum):
+    """Why a request was not served. A closed list: a client maps each to one exception."""
+
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    OUTSIDE_WORKSPACE = "outside_workspace"
+    NOT_FOUND = "not_found"
+    LEASE_EXPIRED = "lease_expired"
+    TOO_LARGE = "too_large"
+    SLOT_FAILED = "slot_failed"
+    SHUTTING_DOWN = "shutting_down"
+
+    @property
+    def status(self) -> int:
+        """The HTTP status that carries this error."""
+        return _STATUS[self]
+
+
+_STATUS = {
+    ErrorKind.BAD_REQUEST: 400,
+    ErrorKind.UNAUTHORIZED: 401,
+    ErrorKind.OUTSIDE_WORKSPACE: 403,
+    ErrorKind.NOT_FOUND: 404,
+    ErrorKind.LEASE_EXPIRED: 409,
+    ErrorKind.TOO_LARGE: 413,
+    ErrorKind.SLOT_FAILED: 502,
+    ErrorKind.SHUTTING_DOWN: 503,
+}
+
+
+class ProtocolError(ValueError):
+    """A message does not have the form that this module defines; the text names the field."""
+
+
+def _conforms(value: object, expected: Any) -> bool:
+    origin = typing.get_origin(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_conforms(value, option) for option in typing.get_args(expected))
+    if origin is Literal:
+        return value in typing.get_args(expected)
+    if origin is not None:
+        return isinstance(value, origin)
+    if expected is float:
+        # JSON has one number type, and NaN or infinity would break every comparison with a limit.
+        return type(value) in (int, float) and abs(typing.cast(float, value)) < float("inf")
+    if expected is int:
+        return type(value) is int
+    return expected is Any or isinstance(value, expected)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A message of the protocol: a dataclass that reads itself strictly from JSON."""
+
+    @classmethod
+    def from_json(cls, payload: object) -> Self:
+        """Build from a decoded JSON value.
+
+        Raises:
+            ProtocolError: not an object, a missing or unknown field, or a value of another type.
+        """
+        if not isinstance(payload, Mapping):
+            raise ProtocolError(f"expected a JSON object, got {type(payload).__name__}")
+        known = {spec.name: spec for spec in fields(cls)}
+        unknown = sorted(str(name) for name in payload if name not in known)
+        if unknown:
+            raise ProtocolError(f"unknown field {unknown[0]!r}; known fields: {', '.join(known)}")
+        hints = typing.get_type_hints(cls)
+        for name, spec in known.items():
+            if name not in payload:
+                if spec.default is MISSING and spec.default_factory is MISSING:
+                    raise ProtocolError(f"missing field {name!r}")
+            elif not _conforms(payload[name], hints[name]):
+                raise ProtocolError(f"field {name!r} has the wrong type: {type(payload[name]).__name__}")
+        return cls(**payload)
+
+    def to_json(self) -> dict[str, Any]:
+        """The message as a value that `json.dumps` takes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ExecuteRequest(Wire):
+    """Run one tool in one slot.
+
+    `lease` is the slot's lease as `/reset` gave it: a call with another one is refused with `LEASE_EXPIRED`, so that a
+    trajectory never continues in a workspace that is not its own any more. Without it the check is skipped.
+    `timeout` is in seconds. A second request with a known `execution_id` gets the first one's result.
+    """
+
+    slot_id: str
+    tool: str
+    args: dict[str, Any]
+    execution_id: str | None = None
+    timeout: float | None = None
+    lease: str | None = None
+
+
+@dataclass(frozen=True)
+class ExecutionResult(Wire):
+    """What a tool did. `output` of a command is its standard output and error, in the order they were written.
+
+    Metadata of `bash`: `exit_code` (int; 128 + N for signal N, None on timeout), `timeout` (bool), `truncated` (bool: some
+    output was dropped), `output_bytes` (int: all that was written), `duration_s` (float), `sandboxed` (bool).
+    """
+
+    success: bool
+    output: str
+    error: str | None = None
+    execution_id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure(Wire):
+    """Why a request was not served."""
+
+    kind: str
+    error: str
+    execution_id: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchLine(Wire):
+    """One line of a streamed `/batch` answer: exactly one of `result` and `failure` is set."""
+
+    index: int
+    result: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ResetRequest(Wire):
+    """Give a slot a new box, a new workspace and a new lease.
+
+    The workspace starts as a copy of `layer` (a name that `/layers` froze) or empty. `network` lets the box reach the network;
+    it is meant for building layers.
+    """
+
+    slot_id: str
+    layer: str | None = None
+    network: bool = False
+
+
+@dataclass(frozen=True)
+class FreezeRequest(Wire):
+    """Keep a slot's workspace as the read-only layer `name`; the slot itself is reset to an empty workspace."""
+
+    slot_id: str
+    name: str
+    lease: str | None = None
+
+
+@dataclass(frozen=True)
+class SlotState(Wire):
+    """A slot as the server sees it."""
+
+    slot_id: str
+    lease: str
+    state: Literal["ready", "busy", "failed"]
+    layer: str | None = None
+    network: bool = False
+
+
+@dataclass(frozen=True)
+class Health(Wire):
+    """What the server is and which defences hold. `isolation` is `bubblewrap` or `none`; `limits` names what is enforced."""
+
+    status: str
+    version: int
+    slots: int
+    busy: int
+    isolation: str
+    data_dir: str
+    uptime_s: float
+    limits: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArtifactReadRequest(Wire):
+    """Read one regular file of a slot's workspace, whole or not at all."""
+
+    slot_id: str
+    path: str
+    encoding: Literal["text", "base64"] = "text"
+    max_bytes: int = DEFAULT_ARTIFACT_BYTES
+    include_sha256: bool = False
+    lease: str | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactContent(Wire):
+    """A file's content; `size` is in bytes, `sha256` is of the whole file."""
+
+    content: str
+    encoding: str
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactListRequest(Wire):
+    """List a directory of a slot's workspace."""
+
+    slot_id: str
+    path: str = "."
+    recursive: bool = False
+    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+    lease: str | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactListing(Wire):
+    """Entries sorted by path: `{"path", "type": file|directory|symlink|other, "size", "mode"}`."""
+
+    entries: list[dict[str, Any]]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class ArtifactArchiveRequest(Wire):
+    """Pack a directory of a slot's workspace: regular files, directories and symbolic links (as links)."""
+
+    slot_id: str
+    path: str = "."
+    format: Literal["tar.gz", "tgz"] = "tar.gz"
+    max_bytes: int = DEFAULT_ARTIFACT_BYTES
+    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+    lease: str | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactArchive(Wire):
+    """A gzip-compressed tar archive as base64; `size` is of the archive, in bytes."""
+
+    content: str
+    size: int
+    entries: int
