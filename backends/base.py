@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
+from backends.teardown import finish
 from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
 
 
@@ -55,12 +56,17 @@ class ToolBackend(ABC):
 
     default_timeout_s: float
 
-    async def __aenter__(self) -> ToolBackend:
-        await self.start()
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            # Nobody calls `__aexit__` for a block that was never entered.
+            await finish(self.stop(purge=True))
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await asyncio.shield(self.stop(purge=True))
+        await finish(self.stop(purge=True))
 
     @abstractmethod
     async def start(self) -> None:
@@ -87,7 +93,10 @@ class ToolBackend(ABC):
 
     @abstractmethod
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
-        """Give a slot back. Never raises for a slot that is already lost; releasing twice is harmless."""
+        """Give a slot back. Never raises for a slot that is already lost; releasing twice is harmless.
+
+        Without `reset_workspace` the files stay until somebody else gets the slot: whoever acquires has a fresh one anyway.
+        """
 
     @abstractmethod
     async def reset(self, slot: Slot, *, layer: Layer | None = None) -> None:
@@ -112,14 +121,29 @@ class ToolBackend(ABC):
     async def execute_batch(
         self, calls: Sequence[tuple[Slot, str, dict[str, Any]]], *, timeout_s: float | None = None
     ) -> list[ExecutionResult]:
-        """Run several tools concurrently; results are in request order. Raises the first failure as `execute` does."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.execute(slot, tool, args, timeout_s=timeout_s)) for slot, tool, args in calls]
-        return [task.result() for task in tasks]
+        """Run several tools concurrently; results are in request order.
+
+        Raises:
+            SandboxError: the first failure, as `execute` raises it; the other calls are cancelled and done by then.
+        """
+        tasks = [asyncio.ensure_future(self.execute(slot, tool, args, timeout_s=timeout_s)) for slot, tool, args in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await finish(asyncio.gather(*tasks, return_exceptions=True))
+            raise
 
     @abstractmethod
     async def read_artifact(
-        self, slot: Slot, path: str, *, encoding: str = "text", max_bytes: int | None = None, include_sha256: bool = False
+        self,
+        slot: Slot,
+        path: str,
+        *,
+        encoding: Literal["text", "base64"] = "text",
+        max_bytes: int | None = None,
+        include_sha256: bool = False,
     ) -> ArtifactContent:
         """Read one file of the workspace.
 
@@ -151,4 +175,4 @@ class ToolBackend(ABC):
         try:
             yield slot
         finally:
-            await asyncio.shield(self.release(slot))
+            await finish(self.release(slot))

@@ -3,7 +3,9 @@
     HermesEnvsError
     ├── ConfigError               an option cannot work; the message names the field and what would help
     ├── DatasetError              a task set cannot be read; the message names the file or the column
+    ├── NothingCollectedError     a run ended without a single trajectory
     ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
+    ├── TaskBuildError            a package or tree cannot be made into tasks
     └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
         └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
 
@@ -26,8 +28,16 @@ class DatasetError(HermesEnvsError):
     """A task set cannot be read; the message names the file or the column."""
 
 
+class NothingCollectedError(HermesEnvsError):
+    """A run ended without a single trajectory; the message says why, or the account before it does."""
+
+
 class EnvironmentBuildError(HermesEnvsError):
     """The environment of a task cannot be built; the task is set aside and reported, never scored."""
+
+
+class TaskBuildError(HermesEnvsError):
+    """A package or tree cannot be made into tasks; the message says what failed."""
 
 
 class EngineError(HermesEnvsError):

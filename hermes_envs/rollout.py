@@ -16,6 +16,26 @@ UNTRAINED_MASK = -100
 UNTRAINED_LOGPROB = 1.0
 """Trainers tell untrained tokens by the mask -100 or by this impossible logprob; both are always set."""
 
+LOGPROB_ROUNDING = 1e-4
+"""How far above 0 a logprob may come out of an engine's rounding. It is recorded as it came."""
+
+
+def check_logprobs(token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    """Assert that there is one usable logprob for each token.
+
+    Raises:
+        InexactRolloutError: another number of logprobs than of tokens, or one that is no finite number of at most 0.
+    """
+    if len(token_ids) != len(logprobs):
+        raise InexactRolloutError(f"the engine returned {len(token_ids)} tokens and {len(logprobs)} logprobs")
+    for logprob in logprobs:
+        if isinstance(logprob, bool) or not isinstance(logprob, (int, float)) or not _is_logprob(logprob):
+            raise InexactRolloutError(f"the engine returned {logprob!r} as a logprob")
+
+
+def _is_logprob(value: float) -> bool:
+    return math.isfinite(value) and value <= LOGPROB_ROUNDING
+
 
 @dataclass
 class Segment:
@@ -50,13 +70,9 @@ class Segment:
         """Append what the engine sampled, with its logprobs.
 
         Raises:
-            InexactRolloutError: not one finite, non-positive logprob for each token.
+            InexactRolloutError: as `check_logprobs`; nothing is recorded then.
         """
-        if len(token_ids) != len(logprobs):
-            raise InexactRolloutError(f"the engine returned {len(token_ids)} tokens and {len(logprobs)} logprobs")
-        for logprob in logprobs:
-            if isinstance(logprob, bool) or not isinstance(logprob, (int, float)) or math.isnan(logprob) or logprob > 0:
-                raise InexactRolloutError(f"the engine returned {logprob!r} as a logprob")
+        check_logprobs(token_ids, logprobs)
         self.tokens.extend(token_ids)
         self.masks.extend(token_ids)
         self.logprobs.extend(logprobs)
@@ -75,7 +91,7 @@ class Segment:
             if mask == UNTRAINED_MASK:
                 if logprob != UNTRAINED_LOGPROB:
                     raise InexactRolloutError("a masked token carries a logprob")
-            elif mask == token and logprob <= 0:
+            elif mask == token and _is_logprob(logprob):
                 trained += 1
             else:
                 raise InexactRolloutError("an unmasked token has another id or an impossible logprob")

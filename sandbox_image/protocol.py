@@ -23,9 +23,10 @@ is not such a request: it is an `ExecutionResult` with `success: false`.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal, Self
@@ -99,6 +100,12 @@ def _conforms(value: object, expected: Any) -> bool:
     return expected is Any or isinstance(value, expected)
 
 
+@functools.cache
+def _hints(message: Any) -> dict[str, Any]:
+    # Resolving the annotations anew for each message would cost more than all the rest of reading it.
+    return typing.get_type_hints(message)
+
+
 @dataclass(frozen=True)
 class Wire:
     """A message of the protocol: a dataclass that reads itself strictly from JSON."""
@@ -116,7 +123,7 @@ class Wire:
         unknown = sorted(str(name) for name in payload if name not in known)
         if unknown:
             raise ProtocolError(f"unknown field {unknown[0]!r}; known fields: {', '.join(known)}")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(typing.cast(Hashable, cls))
         for name, spec in known.items():
             if name not in payload:
                 if spec.default is MISSING and spec.default_factory is MISSING:

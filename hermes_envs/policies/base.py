@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from hermes_envs.rollout import Rollout
 from hermes_envs.tools.call import ToolCall
@@ -14,6 +17,37 @@ Message = dict[str, Any]
 """A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
 FinishReason = Literal["stop", "tool_calls", "length"]
+
+
+class SamplingOptions(BaseModel):
+    """How every policy that asks a model samples."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent_temperature: float = Field(default=0.7, ge=0, description="Sampling temperature of the agent's turns.")
+    agent_max_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens in one turn; none: as many as there is room for."
+    )
+
+
+def assistant_message(content: str, tool_calls: Sequence[ToolCall] = (), reasoning: str | None = None) -> Message:
+    """An assistant message in OpenAI's form. A malformed call shows what the model wrote as its arguments."""
+    message: Message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.name,
+                    "arguments": call.raw if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False),
+                },
+            }
+            for call in tool_calls
+        ]
+    return message
 
 
 @dataclass(frozen=True)
@@ -55,6 +89,9 @@ class Policy(ABC):
         reference: Sequence[ToolCall] | None = None,
     ) -> Conversation:
         """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution as tool calls."""
+
+    async def aclose(self) -> None:  # noqa: B027 - most policies open nothing
+        """Let go of the connections that the policy itself opened."""
 
 
 class ContextFullError(Exception):

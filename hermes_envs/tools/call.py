@@ -32,9 +32,15 @@ class ToolCall:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError as reason:
+            # A RecursionError is what thousands of nested brackets give.
+            except (ValueError, RecursionError) as reason:
                 return cls(id, name, None, raw or str(arguments), f"arguments are not valid JSON: {reason}")
         if isinstance(arguments, dict):
+            try:
+                # Python's parser lets through what no other program can read: NaN, Infinity and lone surrogates.
+                json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+            except (ValueError, RecursionError) as reason:
+                return cls(id, name, None, raw or repr(arguments), f"arguments are not valid JSON: {reason}")
             return cls(id, name, arguments, raw)
         return cls(id, name, None, raw or str(arguments), f"arguments must be a JSON object, not {type(arguments).__name__}")
 

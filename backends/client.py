@@ -1,0 +1,347 @@
+"""The client of a slot server: one method per route; an answer becomes a message of the protocol or a typed exception.
+
+Nothing that the server says is trusted: answers are read up to a bound and decoded by `backends.codec`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Self, TypeVar
+
+import aiohttp
+
+from backends.codec import (
+    EncodedCall,
+    Outcome,
+    RefusedError,
+    decode,
+    encode,
+    exception_of,
+    read_line,
+    read_list,
+    read_message,
+    read_result,
+    shown,
+)
+from backends.errors import ExecutionTimeoutError, SandboxError, SandboxProtocolError, SandboxUnavailableError
+from sandbox_image.protocol import (
+    MAX_FILE_BYTES,
+    ArtifactArchive,
+    ArtifactArchiveRequest,
+    ArtifactContent,
+    ArtifactListing,
+    ArtifactListRequest,
+    ArtifactReadRequest,
+    ExecutionResult,
+    FreezeRequest,
+    Health,
+    ResetRequest,
+    SlotState,
+    Wire,
+)
+
+TIMEOUT_MARGIN_S = 15.0
+"""What the server gets on top of a tool's own timeout before a call counts as unanswered."""
+CONTROL_TIMEOUT_S = 120.0
+FREEZE_TIMEOUT_S = 600.0
+CONNECT_RETRIES_S = (0.05, 0.2, 0.5)
+"""Pauses before a request that could not even be delivered is tried again."""
+
+_JSON_ESCAPE = 6  # one byte can become \u0000
+_MESSAGE_BYTES = 1 << 20
+_RESULT_BYTES = _JSON_ESCAPE * MAX_FILE_BYTES + _MESSAGE_BYTES
+_ENTRY_BYTES = _JSON_ESCAPE * 4096 + 200
+_LISTING_BYTES = 256 << 20
+
+_STREAMED = {"Accept": "application/x-ndjson"}
+
+Answer = TypeVar("Answer")
+
+
+class _NotDeliveredError(SandboxUnavailableError):
+    """No connection: the request certainly did not run."""
+
+
+class _ConnectionLostError(SandboxUnavailableError):
+    """The connection broke after the request may have been read."""
+
+
+def _unanswered(call: EncodedCall) -> ExecutionTimeoutError:
+    return ExecutionTimeoutError(f"no answer within the tool's timeout of {call.timeout_s:g} s plus {TIMEOUT_MARGIN_S:g} s")
+
+
+def _broken(error: aiohttp.ClientError) -> SandboxError:
+    """What an exception of the HTTP library means."""
+    reason = shown(f"{type(error).__name__}: {error}")
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
+        return _NotDeliveredError(f"no connection to the slot server: {reason}")
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.InvalidURL):
+        return SandboxProtocolError(f"the slot server does not speak HTTP: {reason}")
+    return _ConnectionLostError(f"the connection to the slot server broke: {reason}")
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise SandboxProtocolError(f"the server's answer is longer than {limit} bytes")
+    return bytes(body)
+
+
+async def _lines(response: aiohttp.ClientResponse, count: int) -> AsyncIterator[bytes]:
+    """The lines of a streamed answer, `count` at most, each of bounded length."""
+    buffer = bytearray()
+    async for chunk in response.content.iter_any():
+        searched = len(buffer)
+        buffer += chunk
+        while (end := buffer.find(b"\n", searched)) >= 0:
+            if count == 0:
+                raise SandboxProtocolError("the server's answer has more lines than the batch has calls")
+            count -= 1
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            searched = 0
+            yield line
+        if len(buffer) > _RESULT_BYTES:
+            raise SandboxProtocolError(f"the server's answer has a line longer than {_RESULT_BYTES} bytes")
+
+
+async def _persist(attempt: Callable[[], Awaitable[Answer]], *, repeatable: bool) -> Answer:
+    """Repeat an attempt that was certainly not delivered and, once, one that may be `repeatable` after a broken connection."""
+    pauses = iter(CONNECT_RETRIES_S)
+    while True:
+        try:
+            return await attempt()
+        except _NotDeliveredError:
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+            await asyncio.sleep(pause)
+        except _ConnectionLostError:
+            if not repeatable:
+                raise
+            repeatable = False
+
+
+def _deadlines(calls: Sequence[EncodedCall], start: float) -> list[float]:
+    """When each call of a batch has to be answered; those of one slot run one after another."""
+    ends: dict[str, float] = {}
+    deadlines = []
+    for call in calls:
+        ends[call.slot_id] = ends.get(call.slot_id, start) + call.timeout_s
+        deadlines.append(ends[call.slot_id] + TIMEOUT_MARGIN_S)
+    return deadlines
+
+
+class SlotServerClient:
+    """Talks to one slot server over TCP with a bearer token, or over a unix socket; connections are kept and reused.
+
+    Owned by `async with`, or closed by `close()`: requests under way then end in `SandboxUnavailableError`.
+
+    Every method raises `SandboxUnavailableError` (no answer), `SlotLostError`, `SandboxProtocolError` (an answer that is not
+    the protocol, or the server calls the request malformed) and what it names itself; nothing else.
+    """
+
+    def __init__(self, *, url: str | None = None, token: str | None = None, unix_socket: Path | None = None) -> None:
+        """`url` like `http://host:port`, or `unix_socket`; exactly one of them. Needs a running event loop."""
+        if (url is None) == (unix_socket is None):
+            raise ValueError("exactly one of url and unix_socket is needed")
+        connector: aiohttp.BaseConnector
+        if unix_socket is not None:
+            connector = aiohttp.UnixConnector(str(unix_socket), limit=0)
+        else:
+            connector = aiohttp.TCPConnector(limit=0)
+        # A URL needs a host; over a unix socket it is not looked at.
+        self._url = (url or "http://slot-server").rstrip("/")
+        headers = {"Content-Type": "application/json"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # A compressed answer could be far larger than what was read.
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._session.close()
+
+    async def execute(self, call: EncodedCall) -> ExecutionResult:
+        """Run one tool. A call with an `execution_id` is asked for again, once, if the connection breaks.
+
+        Raises:
+            ExecutionTimeoutError: no answer within the tool's timeout plus `TIMEOUT_MARGIN_S`.
+        """
+        try:
+            async with asyncio.timeout(call.timeout_s + TIMEOUT_MARGIN_S):
+                answer = await self._request(
+                    "POST", "/execute", call.body, limit=_RESULT_BYTES, repeatable=call.execution_id is not None
+                )
+        except TimeoutError:
+            raise _unanswered(call) from None
+        return read_result(call, answer)
+
+    async def execute_many(self, calls: Sequence[EncodedCall], deliver: Callable[[int, Outcome], None]) -> None:
+        """Run calls together; `deliver(index, outcome)` is called once for each, as soon as its outcome is known.
+
+        All calls need an `execution_id`. Those of one slot run one after another: each has its own timeout plus
+        `TIMEOUT_MARGIN_S`, counted from where the one before has to end. A batch that is refused as malformed is sent again
+        call by call, so that only the bad one suffers.
+
+        Raises:
+            SandboxError: why the calls that were not delivered cannot be.
+        """
+        loop = asyncio.get_running_loop()
+        pending = dict(enumerate(calls))
+
+        def settle(index: int, outcome: Outcome) -> None:
+            if pending.pop(index, None) is not None:
+                deliver(index, outcome)
+
+        def expire(index: int) -> None:
+            settle(index, _unanswered(calls[index]))
+            if not pending:
+                scope.reschedule(loop.time())
+
+        deadlines = _deadlines(calls, loop.time())
+        timers = [loop.call_at(deadline, expire, index) for index, deadline in enumerate(deadlines)]
+        try:
+            async with asyncio.timeout_at(max(deadlines)) as scope:
+                await self._deliver(pending, settle)
+        except TimeoutError:
+            for index, call in list(pending.items()):
+                settle(index, _unanswered(call))
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    async def reset(self, request: ResetRequest) -> SlotState:
+        """Give a slot a new box and workspace. Repeated if the connection breaks: a second reset does no harm."""
+        return read_message(SlotState, await self._control("/reset", request, repeatable=True))
+
+    async def freeze(self, request: FreezeRequest) -> SlotState:
+        """Keep a slot's workspace as a layer; the slot is empty afterwards."""
+        return read_message(SlotState, await self._control("/layers", request, timeout_s=FREEZE_TIMEOUT_S))
+
+    async def layers(self) -> list[str]:
+        """Names of the frozen layers."""
+        names = read_list(await self._control("/layers", repeatable=True), "layers")
+        if not all(isinstance(name, str) for name in names):
+            raise SandboxProtocolError("the server's answer names a layer by something that is not a string")
+        return names
+
+    async def health(self) -> Health:
+        """What the server is and which defences hold."""
+        return read_message(Health, await self._control("/health", repeatable=True))
+
+    async def slots(self) -> list[SlotState]:
+        """All slots of the server."""
+        return [read_message(SlotState, slot) for slot in read_list(await self._control("/slots", repeatable=True), "slots")]
+
+    async def read_artifact(self, request: ArtifactReadRequest) -> ArtifactContent:
+        """Read one file whole, or not at all.
+
+        Raises:
+            ArtifactNotFoundError, ArtifactForbiddenError, ArtifactTooLargeError: the path's fault.
+        """
+        limit = _JSON_ESCAPE * request.max_bytes + _MESSAGE_BYTES
+        answer = await self._control("/artifacts/read", request, limit=limit, repeatable=True, artifact=True)
+        return read_message(ArtifactContent, answer)
+
+    async def list_artifacts(self, request: ArtifactListRequest) -> ArtifactListing:
+        """List a directory. Raises as `read_artifact`."""
+        limit = min(_ENTRY_BYTES * request.max_entries + _MESSAGE_BYTES, _LISTING_BYTES)
+        answer = await self._control("/artifacts/list", request, limit=limit, repeatable=True, artifact=True)
+        return read_message(ArtifactListing, answer)
+
+    async def archive_artifacts(self, request: ArtifactArchiveRequest) -> ArtifactArchive:
+        """Pack a directory. Raises as `read_artifact`."""
+        limit = 2 * request.max_bytes + _MESSAGE_BYTES
+        answer = await self._control("/artifacts/archive", request, limit=limit, repeatable=True, artifact=True)
+        return read_message(ArtifactArchive, answer)
+
+    async def _control(
+        self,
+        route: str,
+        message: Wire | None = None,
+        *,
+        limit: int = _MESSAGE_BYTES,
+        timeout_s: float = CONTROL_TIMEOUT_S,
+        repeatable: bool = False,
+        artifact: bool = False,
+    ) -> object:
+        """A request to any route but those that run tools: POST with a message, GET without."""
+        method, body = ("GET", None) if message is None else ("POST", encode(message))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._request(method, route, body, limit=limit, repeatable=repeatable, artifact=artifact)
+        except TimeoutError:
+            raise SandboxUnavailableError(f"the slot server did not answer {method} {route} within {timeout_s:g} s") from None
+
+    async def _request(
+        self, method: str, route: str, body: bytes | None, *, limit: int, repeatable: bool, artifact: bool = False
+    ) -> object:
+        """One request and its JSON answer, repeated as far as that is safe."""
+
+        async def attempt() -> object:
+            async with self._send(method, route, body) as response:
+                payload = await _read(response, limit if response.status == 200 else _MESSAGE_BYTES)
+            if response.status != 200:
+                raise exception_of(decode(payload), artifact=artifact)
+            return decode(payload)
+
+        return await _persist(attempt, repeatable=repeatable)
+
+    async def _deliver(self, pending: Mapping[int, EncodedCall], settle: Callable[[int, Outcome], None]) -> None:
+        """Send what is pending as one batch until nothing is."""
+
+        async def attempt() -> None:
+            indices, calls = list(pending), list(pending.values())
+            body = b"[" + b",".join(call.body for call in calls) + b"]"
+            async with self._send("POST", "/batch", body, headers=_STREAMED) as response:
+                if response.status != 200:
+                    raise exception_of(decode(await _read(response, _MESSAGE_BYTES)), artifact=False)
+                async for line in _lines(response, len(calls)):
+                    position, outcome = read_line(line, calls)
+                    settle(indices[position], outcome)
+            if pending:
+                raise _ConnectionLostError("the slot server ended a batch before all of its results")
+
+        try:
+            await _persist(attempt, repeatable=True)
+        except RefusedError:
+            await asyncio.gather(*(self._deliver_alone(index, call, settle) for index, call in pending.items()))
+
+    async def _deliver_alone(self, index: int, call: EncodedCall, settle: Callable[[int, Outcome], None]) -> None:
+        try:
+            settle(index, await self.execute(call))
+        except SandboxError as error:
+            settle(index, error)
+
+    @asynccontextmanager
+    async def _send(
+        self, method: str, route: str, body: bytes | None, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A request and the head of its answer; what breaks while the block reads the rest is translated, too."""
+        if self._session.closed:
+            raise SandboxUnavailableError("the connection to the slot server was closed")
+        try:
+            async with self._session.request(
+                method, self._url + route, data=body, headers=headers, allow_redirects=False
+            ) as response:
+                yield response
+        except aiohttp.ClientError as error:
+            raise _broken(error) from error

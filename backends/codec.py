@@ -1,0 +1,151 @@
+"""Between the bytes on the wire and the messages of the protocol, on the side that trusts nothing.
+
+Answers are decoded strictly, errors are chosen from a closed table, and text of the server appears in messages only, shortened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from backends.errors import (
+    ArtifactError,
+    ArtifactForbiddenError,
+    ArtifactNotFoundError,
+    ArtifactTooLargeError,
+    SandboxError,
+    SandboxProtocolError,
+    SandboxUnavailableError,
+    SlotLostError,
+)
+from sandbox_image.protocol import (
+    DEFAULT_TIMEOUT_S,
+    MAX_REQUEST_BYTES,
+    BatchLine,
+    ErrorKind,
+    ExecuteRequest,
+    ExecutionResult,
+    Failure,
+    ProtocolError,
+    Wire,
+)
+
+_SHOWN_CHARS = 2000
+
+_EXCEPTIONS: Mapping[ErrorKind, type[SandboxError]] = {
+    ErrorKind.BAD_REQUEST: SandboxProtocolError,
+    ErrorKind.UNAUTHORIZED: SandboxUnavailableError,
+    ErrorKind.OUTSIDE_WORKSPACE: ArtifactForbiddenError,
+    ErrorKind.NOT_FOUND: ArtifactNotFoundError,
+    ErrorKind.LEASE_EXPIRED: SlotLostError,
+    ErrorKind.TOO_LARGE: ArtifactTooLargeError,
+    ErrorKind.SLOT_FAILED: SlotLostError,
+    ErrorKind.SHUTTING_DOWN: SandboxUnavailableError,
+}
+
+Message = TypeVar("Message", bound=Wire)
+Outcome = ExecutionResult | SandboxError
+
+
+class RefusedError(SandboxProtocolError):
+    """The server calls the request malformed: it certainly did not run."""
+
+
+@dataclass(frozen=True)
+class EncodedCall:
+    """An `ExecuteRequest` as it goes onto the wire. `timeout_s` is the tool's own timeout."""
+
+    slot_id: str
+    execution_id: str | None
+    timeout_s: float
+    body: bytes
+
+    @classmethod
+    def of(cls, request: ExecuteRequest) -> EncodedCall:
+        """Encode.
+
+        Raises:
+            SandboxProtocolError: the arguments are not JSON, or too large to be sent.
+        """
+        timeout_s = DEFAULT_TIMEOUT_S if request.timeout is None else request.timeout
+        body = encode(request)
+        if len(body) > MAX_REQUEST_BYTES:
+            raise SandboxProtocolError(f"the call has {len(body)} bytes, {MAX_REQUEST_BYTES} at most")
+        return cls(request.slot_id, request.execution_id, timeout_s, body)
+
+
+def encode(message: Wire) -> bytes:
+    """The body of a request.
+
+    Raises:
+        SandboxProtocolError: the message holds something that JSON cannot.
+    """
+    try:
+        # The messages are flat: `vars` spares the deep copy that `asdict` makes of the arguments.
+        return json.dumps(vars(message), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SandboxProtocolError(f"the request cannot be written as JSON: {error}") from error
+
+
+def decode(payload: bytes) -> object:
+    """The JSON value of an answer, or `SandboxProtocolError`."""
+    try:
+        return json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise SandboxProtocolError(f"the server's answer is not JSON: {shown(repr(payload[:100]))}") from error
+
+
+def read_message(kind: type[Message], value: object) -> Message:
+    """A decoded answer as a message, or `SandboxProtocolError`."""
+    try:
+        return kind.from_json(value)
+    except ProtocolError as error:
+        raise SandboxProtocolError(f"the server's answer is not a {kind.__name__}: {shown(str(error))}") from error
+
+
+def shown(text: str) -> str:
+    """Text of the server as it may appear in a message: short, without characters that rewrite a terminal or forge a log."""
+    printable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_SHOWN_CHARS])
+    return printable if len(text) <= _SHOWN_CHARS else printable + "..."
+
+
+def exception_of(value: object, *, artifact: bool) -> SandboxError:
+    """The exception that a `Failure` stands for, chosen from the closed table."""
+    failure = read_message(Failure, value)
+    try:
+        kind = ErrorKind(failure.kind)
+    except ValueError:
+        return SandboxProtocolError(f"the server failed with an unknown kind {shown(failure.kind)!r}: {shown(failure.error)}")
+    chosen = _EXCEPTIONS[kind]
+    if issubclass(chosen, ArtifactError) and not artifact:
+        chosen = SandboxProtocolError
+    if kind in (ErrorKind.BAD_REQUEST, ErrorKind.TOO_LARGE) and not artifact:
+        chosen = RefusedError
+    return chosen(shown(failure.error))
+
+
+def read_result(call: EncodedCall, value: object) -> ExecutionResult:
+    """The result of this very call, or `SandboxProtocolError`."""
+    result = read_message(ExecutionResult, value)
+    if result.execution_id != call.execution_id:
+        raise SandboxProtocolError("the server answered with the result of another call")
+    return result
+
+
+def read_line(line: bytes, calls: Sequence[EncodedCall]) -> tuple[int, Outcome]:
+    """Which call a line of a streamed batch is about, and what became of it."""
+    message = read_message(BatchLine, decode(line))
+    if not 0 <= message.index < len(calls) or (message.result is None) == (message.failure is None):
+        raise SandboxProtocolError(f"the server's answer has a line that fits no call: {shown(repr(line[:100]))}")
+    if message.failure is not None:
+        return message.index, exception_of(message.failure, artifact=False)
+    return message.index, read_result(calls[message.index], message.result)
+
+
+def read_list(answer: object, name: str) -> list[Any]:
+    """The list that is the only field of an answer."""
+    if isinstance(answer, dict) and set(answer) == {name} and isinstance(values := answer[name], list):
+        return values
+    raise SandboxProtocolError(f"the server's answer is not an object with the list {name!r}")

@@ -1,0 +1,254 @@
+"""Who has which slot. Knows no provider: a backend adds sandboxes and removes those that died."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backends.base import Layer, Slot
+from backends.errors import AcquireTimeoutError, SandboxError, SandboxProtocolError, SandboxUnavailableError, SlotLostError
+from backends.sandbox import Sandbox
+from sandbox_image.protocol import FreezeRequest, ResetRequest
+
+RESET_BACKOFF_S = (0.1, 10.0)
+"""First and longest pause before a slot that could not be reset is tried again."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Place:
+    """A slot of a sandbox. Without `lease` its workspace is not fresh: it has to be reset before somebody gets it."""
+
+    sandbox: Sandbox
+    slot_id: str
+    lease: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.sandbox.sandbox_id, self.slot_id
+
+
+class SlotPool:
+    """Hands out slots, first come first served, and takes them back.
+
+    Every slot is in exactly one place: free, lent to a trajectory, or being reset by a background task. Taking and giving back
+    are single steps of the event loop, so that no cancellation can come in between and lose a slot.
+    """
+
+    def __init__(self, *, acquire_timeout_s: float, network: bool, on_demand: Callable[[], None]) -> None:
+        """`on_demand` is called whenever somebody has to wait: the backend adds a sandbox if it may.
+
+        `network` says whether slots can reach the network; while a layer is built they always can.
+        """
+        self._acquire_timeout_s = acquire_timeout_s
+        self._network = network
+        self._on_demand = on_demand
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._free: deque[_Place] = deque()
+        self._lent: dict[tuple[str, str], tuple[Slot, _Place]] = {}
+        self._waiters: deque[asyncio.Future[_Place]] = deque()
+        self._resets: set[asyncio.Task[None]] = set()
+        self._last_failure: SandboxError | None = None
+        self._closed = False
+
+    @property
+    def sandboxes(self) -> int:
+        """How many sandboxes there are."""
+        return len(self._sandboxes)
+
+    @property
+    def slots(self) -> int:
+        """How many slots the sandboxes have, broken ones included."""
+        return sum(len(sandbox.slot_ids) for sandbox in self._sandboxes.values())
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are lent."""
+        return len(self._lent)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a slot."""
+        return len(self._waiters)
+
+    def add(self, sandbox: Sandbox) -> None:
+        """Take in the slots of a sandbox; each is reset before somebody gets it."""
+        self._sandboxes[sandbox.sandbox_id] = sandbox
+        for slot_id in sandbox.slot_ids:
+            self._recycle(_Place(sandbox, slot_id))
+
+    def remove(self, sandbox: Sandbox, error: SandboxError) -> None:
+        """Forget a sandbox that died: its slots are lost, and calls in them end with `error` at once."""
+        self._sandboxes.pop(sandbox.sandbox_id, None)
+        self._free = deque(place for place in self._free if place.sandbox is not sandbox)
+        self._lent = {key: entry for key, entry in self._lent.items() if entry[1].sandbox is not sandbox}
+        sandbox.dispatcher.fail(error)
+
+    def fail(self, error: SandboxError) -> None:
+        """There is no sandbox to be had: all who wait get `error`. Later ones wait, and cause demand, again."""
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    async def close(self) -> None:
+        """Send away all who wait and stop resetting; the sandboxes are the backend's to end."""
+        self._closed = True
+        self.fail(SandboxUnavailableError("the backend was stopped"))
+        for sandbox in list(self._sandboxes.values()):
+            self.remove(sandbox, SlotLostError("the backend was stopped"))
+        resets = list(self._resets)
+        for task in resets:
+            task.cancel()
+        await asyncio.gather(*resets, return_exceptions=True)
+
+    async def acquire(self, trajectory_id: str, layer: Layer | None) -> Slot:
+        """As `ToolBackend.acquire`. Time spent on building a layer does not count as waiting."""
+        deadline = asyncio.get_running_loop().time() + self._acquire_timeout_s
+        while True:
+            place = await self._take(layer, deadline)
+            slot = Slot(place.sandbox.sandbox_id, place.slot_id, trajectory_id, place.lease or "")
+            self._lent[place.key] = (slot, place)
+            try:
+                if layer is not None:
+                    await self._ensure_layer(place.sandbox, slot, layer)
+                if (layer is None and place.lease is not None) or await self._freshen(place.sandbox, slot, layer):
+                    return slot
+            except BaseException:
+                self.release(slot)
+                raise
+            self.release(slot)
+
+    def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
+        """As `ToolBackend.release`; the reset goes on in the background."""
+        lent = self._lent.get((slot.sandbox_id, slot.slot_id))
+        if lent is None or lent[0] is not slot:
+            return
+        place = lent[1]
+        del self._lent[place.key]
+        place.lease = None
+        if reset_workspace:
+            self._recycle(place)
+        else:
+            self._offer(place)
+
+    async def reset(self, slot: Slot, layer: Layer | None) -> None:
+        """As `ToolBackend.reset`."""
+        sandbox = self.sandbox_of(slot)
+        if layer is not None:
+            await self._ensure_layer(sandbox, slot, layer)
+        slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer, network=self._network)
+
+    def sandbox_of(self, slot: Slot) -> Sandbox:
+        """The sandbox of a lent slot.
+
+        Raises:
+            SlotLostError: the sandbox died, or the slot was released.
+        """
+        lent = self._lent.get((slot.sandbox_id, slot.slot_id))
+        if lent is None or lent[0] is not slot:
+            raise SlotLostError(f"{slot.slot_id} of {slot.sandbox_id} does not belong to {slot.trajectory_id} any more")
+        return lent[1].sandbox
+
+    async def _take(self, layer: Layer | None, deadline: float) -> _Place:
+        if self._closed:
+            raise SandboxUnavailableError("the backend was stopped")
+        if self._free:
+            return self._pick(layer)
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[_Place] = loop.create_future()
+        self._waiters.append(waiter)
+        timer = loop.call_at(deadline, self._expire, waiter)
+        self._on_demand()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                # The slot came in the same moment as the cancellation.
+                self._offer(waiter.result())
+            raise
+        finally:
+            timer.cancel()
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _pick(self, layer: Layer | None) -> _Place:
+        """A free slot, rather one of a sandbox that has the layer."""
+        if layer is not None:
+            for place in self._free:
+                if layer.name in place.sandbox.layers:
+                    self._free.remove(place)
+                    return place
+        return self._free.popleft()
+
+    def _expire(self, waiter: asyncio.Future[_Place]) -> None:
+        if not waiter.done():
+            reason = "" if self._last_failure is None else f"; the last slot that failed: {self._last_failure}"
+            waiter.set_exception(
+                AcquireTimeoutError(
+                    f"none of {self.slots} slots became free within acquire_timeout_s={self._acquire_timeout_s:g}{reason}"
+                )
+            )
+
+    def _offer(self, place: _Place) -> None:
+        """A slot is free: it goes to whoever has waited longest."""
+        if place.sandbox.sandbox_id not in self._sandboxes:
+            return
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(place)
+                return
+        self._free.append(place)
+
+    def _recycle(self, place: _Place) -> None:
+        if place.sandbox.sandbox_id in self._sandboxes:
+            task = asyncio.create_task(self._reset_until_free(place))
+            self._resets.add(task)
+            task.add_done_callback(self._resets.discard)
+
+    async def _reset_until_free(self, place: _Place) -> None:
+        pause, longest = RESET_BACKOFF_S
+        while place.sandbox.sandbox_id in self._sandboxes:
+            try:
+                place.lease = await self._reset(place.sandbox, place.slot_id, network=self._network)
+            except SandboxError as error:
+                self._last_failure = error
+                _log.warning("%s of %s cannot be reset: %s", place.slot_id, place.sandbox.sandbox_id, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+            else:
+                self._offer(place)
+                return
+
+    async def _freshen(self, sandbox: Sandbox, slot: Slot, layer: Layer | None) -> bool:
+        """Reset a slot that is about to be handed out; False if it cannot be used."""
+        try:
+            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer, network=self._network)
+        except SandboxError as error:
+            self._last_failure = error
+            _log.warning("%s of %s cannot be reset: %s", slot.slot_id, slot.sandbox_id, error)
+            return False
+        # The sandbox may have been removed while the answer was on its way.
+        return (slot.sandbox_id, slot.slot_id) in self._lent
+
+    async def _ensure_layer(self, sandbox: Sandbox, slot: Slot, layer: Layer) -> None:
+        async def build() -> None:
+            slot.lease = await self._reset(sandbox, slot.slot_id, network=True)
+            await layer.build(slot)
+            await sandbox.client.freeze(FreezeRequest(slot.slot_id, layer.name, lease=slot.lease))
+
+        await sandbox.layers.ensure(layer.name, build)
+
+    @staticmethod
+    async def _reset(sandbox: Sandbox, slot_id: str, *, layer: Layer | None = None, network: bool) -> str:
+        """The slot's new lease."""
+        request = ResetRequest(slot_id, layer=None if layer is None else layer.name, network=network)
+        state = await sandbox.client.reset(request)
+        if state.slot_id != slot_id:
+            raise SandboxProtocolError(f"asked to reset {slot_id}, the server reset another slot")
+        return state.lease

@@ -1,0 +1,149 @@
+"""What all backends share that get their slots from slot servers: everything but where the servers come from."""
+
+from __future__ import annotations
+
+import uuid
+from abc import abstractmethod
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from backends.base import BackendStats, Layer, Slot, ToolBackend
+from backends.client import SlotServerClient
+from backends.dispatch import Dispatcher
+from backends.errors import SandboxUnavailableError
+from backends.pool import SlotPool
+from backends.sandbox import Sandbox
+from sandbox_image.protocol import (
+    DEFAULT_ARTIFACT_BYTES,
+    DEFAULT_ARTIFACT_ENTRIES,
+    DEFAULT_TIMEOUT_S,
+    MAX_BATCH_ITEMS,
+    ArtifactArchive,
+    ArtifactArchiveRequest,
+    ArtifactContent,
+    ArtifactListing,
+    ArtifactListRequest,
+    ArtifactReadRequest,
+    ExecuteRequest,
+    ExecutionResult,
+)
+
+
+class PoolOptions(BaseModel):
+    """What every pool of slots needs to know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    acquire_timeout_s: float = Field(300.0, gt=0, description="Longest wait for a free slot, in seconds.")
+    allow_network: bool = Field(False, description="Whether slots reach the network; layers are always built with it.")
+    require_sandbox: bool = Field(True, description="Refuse to start without isolation.")
+    tool_batch_window_ms: float = Field(
+        0.0, ge=0, description="How long a call waits for others to travel with; 0 sends it at once."
+    )
+    tool_max_batch_size: int = Field(200, ge=1, le=MAX_BATCH_ITEMS, description="Most calls that travel together.")
+
+
+class PooledBackend(ToolBackend):
+    """A backend with a `SlotPool`. A subclass starts and ends sandboxes, and tells the pool of them."""
+
+    default_timeout_s = DEFAULT_TIMEOUT_S
+
+    def __init__(self, options: PoolOptions) -> None:
+        self._pool_options = options
+        self._sandbox_restarts = 0
+        self._pool: SlotPool | None = None
+
+    @abstractmethod
+    def _on_demand(self) -> None:
+        """Somebody waits for a slot."""
+
+    def _new_pool(self) -> SlotPool:
+        return SlotPool(
+            acquire_timeout_s=self._pool_options.acquire_timeout_s,
+            network=self._pool_options.allow_network,
+            on_demand=self._on_demand,
+        )
+
+    def _new_sandbox(self, sandbox_id: str, client: SlotServerClient, slots: int) -> Sandbox:
+        dispatcher = Dispatcher(
+            client,
+            window_s=self._pool_options.tool_batch_window_ms / 1000,
+            max_batch_size=self._pool_options.tool_max_batch_size,
+        )
+        return Sandbox(sandbox_id, client, [f"slot_{number}" for number in range(slots)], dispatcher)
+
+    def _sandbox_of(self, slot: Slot) -> Sandbox:
+        return self._running_pool().sandbox_of(slot)
+
+    def _running_pool(self) -> SlotPool:
+        if self._pool is None:
+            raise SandboxUnavailableError("the backend is not running")
+        return self._pool
+
+    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None) -> Slot:
+        """See `ToolBackend.acquire`."""
+        return await self._running_pool().acquire(trajectory_id, layer)
+
+    async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
+        """See `ToolBackend.release`. The reset goes on in the background."""
+        if self._pool is not None:
+            self._pool.release(slot, reset_workspace=reset_workspace)
+
+    async def reset(self, slot: Slot, *, layer: Layer | None = None) -> None:
+        """See `ToolBackend.reset`."""
+        await self._running_pool().reset(slot, layer)
+
+    async def execute(self, slot: Slot, tool: str, args: dict[str, Any], *, timeout_s: float | None = None) -> ExecutionResult:
+        """See `ToolBackend.execute`."""
+        request = ExecuteRequest(
+            slot_id=slot.slot_id,
+            tool=tool,
+            args=args,
+            execution_id=uuid.uuid4().hex,
+            timeout=self.default_timeout_s if timeout_s is None else timeout_s,
+            lease=slot.lease,
+        )
+        return await self._sandbox_of(slot).dispatcher.submit(request)
+
+    async def read_artifact(
+        self,
+        slot: Slot,
+        path: str,
+        *,
+        encoding: Literal["text", "base64"] = "text",
+        max_bytes: int | None = None,
+        include_sha256: bool = False,
+    ) -> ArtifactContent:
+        """See `ToolBackend.read_artifact`."""
+        limit = DEFAULT_ARTIFACT_BYTES if max_bytes is None else max_bytes
+        request = ArtifactReadRequest(slot.slot_id, path, encoding, limit, include_sha256, slot.lease)
+        return await self._sandbox_of(slot).client.read_artifact(request)
+
+    async def list_artifacts(
+        self, slot: Slot, path: str = ".", *, recursive: bool = False, max_entries: int | None = None
+    ) -> ArtifactListing:
+        """See `ToolBackend.list_artifacts`."""
+        limit = DEFAULT_ARTIFACT_ENTRIES if max_entries is None else max_entries
+        request = ArtifactListRequest(slot.slot_id, path, recursive, limit, slot.lease)
+        return await self._sandbox_of(slot).client.list_artifacts(request)
+
+    async def archive_artifacts(
+        self, slot: Slot, path: str = ".", *, max_bytes: int | None = None, max_entries: int | None = None
+    ) -> ArtifactArchive:
+        """See `ToolBackend.archive_artifacts`."""
+        request = ArtifactArchiveRequest(
+            slot.slot_id,
+            path,
+            max_bytes=DEFAULT_ARTIFACT_BYTES if max_bytes is None else max_bytes,
+            max_entries=DEFAULT_ARTIFACT_ENTRIES if max_entries is None else max_entries,
+            lease=slot.lease,
+        )
+        return await self._sandbox_of(slot).client.archive_artifacts(request)
+
+    def get_stats(self) -> BackendStats:
+        """See `ToolBackend.get_stats`."""
+        pool = self._pool
+        if pool is None:
+            return BackendStats(0, 0, 0, 0, self._sandbox_restarts)
+        return BackendStats(pool.sandboxes, pool.slots, pool.in_use, pool.waiting, self._sandbox_restarts)

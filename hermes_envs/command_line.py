@@ -1,0 +1,116 @@
+"""Runs an environment's command line so that what a user can get wrong is told in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from atroposlib.envs.server_handling.server_baseline import APIServerConfig
+from pydantic import ValidationError
+from pydantic_cli import run_and_exit
+from pydantic_cli.argparse import FailedExecutionException
+
+from backends.errors import SandboxError
+from hermes_envs.errors import ConfigError, HermesEnvsError
+
+if TYPE_CHECKING:
+    from hermes_envs.env import AgentEnv
+
+_SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
+_FOREIGN_OPENAI_KEYS = frozenset({"weight"})
+"""What a Tinker trainer reads from the same file."""
+
+
+def run(environment: type[AgentEnv]) -> None:
+    """Run atroposlib's `serve`, `process` or `evaluate` and exit with its status: 1 for an error, 2 for a wrong flag."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    sys.argv[1:] = _attach_negative_numbers(sys.argv[1:])
+    try:
+        _check_config_file(environment, sys.argv[1:])
+        commands = {
+            "serve": environment.get_cli_serve_config_cls(),
+            "process": environment.get_cli_process_config_cls(),
+            "evaluate": environment.get_cli_evaluate_config_cls(),
+        }
+        run_and_exit(commands, description=environment.__doc__, exception_handler=_explain)
+    except ConfigError as reason:
+        sys.exit(_explain(reason))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("interrupted")
+
+
+def _explain(reason: BaseException) -> int:
+    if isinstance(reason, FailedExecutionException):
+        # argparse has said it already.
+        return 2
+    for line in _lines(reason):
+        sys.stderr.write(f"error: {line}\n")
+    return 1
+
+
+def _lines(reason: BaseException) -> Sequence[str]:
+    if isinstance(reason, BaseExceptionGroup):
+        return [line for member in reason.exceptions for line in _lines(member)][:1]
+    if isinstance(reason, ValidationError):
+        return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in reason.errors()]
+    if isinstance(reason, (HermesEnvsError, SandboxError)):
+        return [" ".join(str(reason).split())]
+    raise reason
+
+
+def _attach_negative_numbers(arguments: Sequence[str]) -> list[str]:
+    """`--flag -1` becomes `--flag=-1`: atroposlib takes the first for a flag without a value, which it reads as 1."""
+    attached: list[str] = []
+    for argument in arguments:
+        if re.fullmatch(r"-\d[\d.]*", argument) and attached and re.fullmatch(r"--[^=]+", attached[-1]):
+            attached[-1] += f"={argument}"
+        else:
+            attached.append(argument)
+    return attached
+
+
+def _check_config_file(environment: type[AgentEnv], arguments: Sequence[str]) -> None:
+    """Reject what atroposlib would ignore or answer with a traceback.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a key that does not exist.
+    """
+    path = _config_path(arguments)
+    if path is None:
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
+    except (UnicodeDecodeError, yaml.YAMLError) as reason:
+        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config: {path}: expected sections {', '.join(_SECTIONS)}")
+    _check_keys(path, "", content, _SECTIONS)
+    _check_keys(path, "env.", content.get("env") or {}, environment.env_config_cls.model_fields)
+    servers = content.get("openai") or []
+    for server in [servers] if isinstance(servers, Mapping) else servers:
+        _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config":
+            return Path(following)
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    return None
+
+
+def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"config: {path}: {prefix.rstrip('.') or 'the file'} is not a mapping")
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"config: {path}: unknown key {prefix}{key}")

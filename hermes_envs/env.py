@@ -1,0 +1,332 @@
+"""The base of all environments: owns the backend, the rollouts and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import jsonlines
+from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
+from atroposlib.envs.server_handling.server_baseline import ServerBaseline
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from backends import BackendOptions, create_tool_backend
+from backends.base import Layer, ToolBackend
+from backends.errors import SandboxError
+from hermes_envs import command_line
+from hermes_envs.agent import Agent, AgentOptions
+from hermes_envs.errors import ConfigError, EngineError, EnvironmentBuildError, HermesEnvsError, NothingCollectedError
+from hermes_envs.group import Group, InfrastructureFailure
+from hermes_envs.html_report import write_html_report
+from hermes_envs.policies import PolicyOptions, create_policy
+from hermes_envs.policies.base import Message, Policy
+from hermes_envs.process import GroupQueue, Reporter, Summary
+from hermes_envs.tools.call import ToolCall
+from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.trajectory import Score, Stopwatch, Trajectory
+from hermes_envs.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER_TOKENIZER = Path(__file__).parent / "placeholder_tokenizer"
+"""A tokenizer of bytes for runs whose policy has no tokens: atroposlib loads one in its constructor, from a hub if need be."""
+
+
+def _split_at_commas(value: object) -> object:
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    return value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
+"""A list in YAML, or names separated by commas on the command line."""
+
+
+class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, PolicyOptions):  # type: ignore[misc]
+    """Every option of an environment; each is an `--env.*` flag and a key below `env:` in YAML."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled_toolsets: Names = Field(["default"], description="Toolsets that the model is offered.")
+    disabled_toolsets: Names = Field([], description="Toolsets whose tools are taken away again.")
+    system_prompt: str = Field("", description="System message; empty for the environment's own.")
+    max_concurrent_groups: int = Field(4, ge=1, description="Groups that `process` rolls out at once.")
+    rollout_attempts: int = Field(3, ge=1, description="Times that a rollout is tried when infrastructure fails.")
+    group_attempts: int = Field(2, ge=1, description="Times that a group is tried when none of its rollouts completes.")
+    cache_directory: str = Field("~/.cache/hermes-envs", description="Where fetched repositories and tasks are kept.")
+
+    @property
+    def cache_path(self) -> Path:
+        """`cache_directory` with the home directory in it."""
+        return Path(self.cache_directory).expanduser()
+
+
+@dataclass(frozen=True)
+class AgentTask:
+    """What a trajectory starts from: its first messages, the layer its workspace has, and the known solution for `oracle`."""
+
+    prompt: Sequence[Message]
+    layer: Layer | None = None
+    reference: Sequence[ToolCall] | None = None
+
+
+class AgentEnv(BaseEnv):  # type: ignore[misc]
+    """Rolls an agent out on tasks and scores what it did.
+
+    A new environment overrides `get_next_item`, `build_task` and a way to score: `score_trajectory` when the final response
+    decides, `verify_and_score_trajectory` when the workspace does.
+    """
+
+    env_config_cls: ClassVar[type[AgentEnvConfig]] = AgentEnvConfig
+    toolsets: ClassVar[Toolsets] = Toolsets()
+
+    config: AgentEnvConfig
+    backend: ToolBackend
+    policy: Policy
+    jsonl_writer: jsonlines.Writer
+
+    def __init__(
+        self,
+        config: AgentEnvConfig,
+        server_configs: ServerBaseline | list[APIServerConfig],
+        slurm: bool = False,
+        testing: bool = False,
+    ) -> None:
+        self._check_endpoint(config, server_configs)
+        uses_tokens = config.policy == "tokens"
+        super().__init__(
+            config if uses_tokens else config.model_copy(update={"tokenizer_name": str(PLACEHOLDER_TOKENIZER)}),
+            server_configs,
+            slurm=slurm,
+            testing=testing,
+        )
+        self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
+        self.summary = Summary()
+        self.process_mode = False
+        self.n_groups_to_process = 0
+        self.group_size_to_process = config.group_size
+        self._servers = server_configs if isinstance(server_configs, list) else []
+
+    @classmethod
+    def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
+        """The defaults: no endpoint. Health checks cost a completion a second and hang without a route: off."""
+        return cls.env_config_cls(), [APIServerConfig(base_url="", health_check=False)]
+
+    @classmethod
+    def cli(cls) -> None:
+        """Run `serve`, `process` or `evaluate` from the command line; every foreseeable error is one line."""
+        command_line.run(cls)
+
+    # --- what an environment overrides ---------------------------------------------------------------------------------
+
+    async def setup_agent_env(self) -> None:
+        """Prepare what all items need, such as the task set. The backend is running."""
+
+    @abstractmethod
+    async def get_next_item(self) -> Any:
+        """The next task, or None when there are no more."""
+
+    @abstractmethod
+    async def build_task(self, item: Any) -> AgentTask:
+        """Turn an item into what a trajectory starts from.
+
+        Raises:
+            EnvironmentBuildError: the item cannot be used; it is set aside and reported.
+        """
+
+    def build_agent_config(self, item: Any) -> AgentOptions:
+        """How long the agent may go on with this item."""
+        return self.config
+
+    def item_name(self, item: Any) -> str:
+        """A short name for logs and records."""
+        return str(item)
+
+    async def setup_trajectory_workspace(self, item: Any, workspace: Workspace) -> None:
+        """Prepare a fresh workspace before the agent gets it."""
+
+    async def verify_and_score_trajectory(self, item: Any, trajectory: Trajectory, workspace: Workspace) -> Score:
+        """Judge what the agent did. The workspace is as the agent left it, with nothing running."""
+        return Score(await self.score_trajectory(item, trajectory.final_response), "final response")
+
+    async def score_trajectory(self, item: Any, final_response: str) -> float:
+        """Judge by the final response alone."""
+        raise NotImplementedError(f"{type(self).__name__} scores neither the response nor the workspace")
+
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Measure the policy on held-out items."""
+        raise ConfigError(f"{self.name} has no evaluation split; use `process`")
+
+    # --- rollouts ------------------------------------------------------------------------------------------------------
+
+    async def run_agent(self, item: Any, trajectory_id: str | None = None) -> Trajectory:
+        """One rollout from a fresh slot to a score. The environment must be `running`.
+
+        Raises:
+            EngineError, SandboxError: infrastructure failed.
+            EnvironmentBuildError: the item's environment cannot be built.
+        """
+        rollout_id = trajectory_id or f"{self.item_name(item)}-{secrets.token_hex(4)}"
+        agent = Agent(self.executor, self.build_agent_config(item))
+        stopwatch = Stopwatch()
+        async with AsyncExitStack() as stack:
+            with stopwatch.measure("setup"):
+                task = await self.build_task(item)
+                slot = await stack.enter_async_context(self.backend.slot(rollout_id, layer=task.layer))
+                workspace = Workspace(self.backend, slot)
+                await self.setup_trajectory_workspace(item, workspace)
+            conversation = self.policy.start(rollout_id, tools=self.executor.schemas, reference=task.reference)
+            trajectory = await agent.run(task.prompt, conversation, workspace, stopwatch)
+            with stopwatch.measure("grading"):
+                trajectory.score = await self.verify_and_score_trajectory(item, trajectory, workspace)
+        return trajectory
+
+    async def collect_group(self, item: Any) -> Group:
+        """Roll out `group_size` trajectories at once; each ends scored or as an infrastructure failure."""
+        name = self.item_name(item)
+        trajectory_ids = [f"{name}-{index}-{secrets.token_hex(4)}" for index in range(self.config.group_size)]
+        async with asyncio.TaskGroup() as group:
+            rollouts = [group.create_task(self._try_rollout(item, id_), name=f"rollout {id_}") for id_ in trajectory_ids]
+        # A task group outlives a member that somebody else cancelled; the rollout is lost all the same.
+        outcomes = [
+            InfrastructureFailure(id_, "its task was cancelled", 1) if rollout.cancelled() else rollout.result()
+            for id_, rollout in zip(trajectory_ids, rollouts, strict=True)
+        ]
+        return Group(
+            name,
+            tuple(outcome for outcome in outcomes if isinstance(outcome, Trajectory)),
+            tuple(outcome for outcome in outcomes if isinstance(outcome, InfrastructureFailure)),
+        )
+
+    async def _try_rollout(self, item: Any, trajectory_id: str) -> Trajectory | InfrastructureFailure:
+        """The boundary that assigns blame: what leaves here as an exception is a defect of the run as a whole."""
+        attempt, problem = 0, ""
+        while attempt < self.config.rollout_attempts:
+            attempt += 1
+            try:
+                return await self.run_agent(item, trajectory_id)
+            except EnvironmentBuildError as reason:
+                self.summary.set_aside[self.item_name(item)] = str(reason)
+                problem = f"its environment cannot be built: {reason}"
+                break
+            except (SandboxError, EngineError) as reason:
+                problem = f"{type(reason).__name__}: {reason}"
+                logger.warning("%s: attempt %d of %d: %s", trajectory_id, attempt, self.config.rollout_attempts, problem)
+            except HermesEnvsError:
+                raise
+            except Exception as reason:
+                problem = f"defect in {type(self).__name__}: {type(reason).__name__}: {reason}"
+                logger.exception("%s: %s", trajectory_id, problem)
+                break
+        return InfrastructureFailure(trajectory_id, problem, attempt)
+
+    # --- a run ---------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Own the backend and the policy for the length of a block; SIGTERM ends it like a cancellation."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            self.policy = create_policy(
+                self.config, server=lambda: self.server, tokenizer=lambda: self.tokenizer, server_configs=self._servers
+            )
+            async with aclosing(self.policy), create_tool_backend(self.config) as self.backend:
+                await self.setup_agent_env()
+                yield
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    async def setup(self) -> None:
+        """atroposlib's hook; everything is set up by `running`."""
+
+    async def env_manager(self) -> None:
+        """Serve a trainer through atroposlib's API."""
+        if self.config.policy != "tokens":
+            raise ConfigError(f"env.policy: {self.config.policy!r} has no exact tokens; a trainer needs policy: tokens")
+        async with self.running():
+            await super().env_manager()
+
+    async def collect_trajectories(self, item: Any) -> tuple[ScoredDataGroup | None, list[Any]]:
+        """atroposlib's hook in `serve`: a group of exactly the registered size, or none."""
+        group = await self.collect_group(item)
+        self.summary.add(group)
+        data = group.scored_data()
+        if data is None or len(data["tokens"]) != self.config.group_size:
+            reasons = "; ".join(failure.reason for failure in group.failures) or "its rollouts have several segments"
+            logger.warning("%s: group dropped: %s", group.name, reasons)
+            return None, []
+        # The trainer's API rejects a group that overrides its size.
+        del data["group_overrides"]
+        return data, []
+
+    async def process_manager(self) -> None:
+        """Collect `n_groups_to_process` groups into a file.
+
+        atroposlib's own takes one group at a time and tries a failing one for ever.
+
+        Raises:
+            NothingCollectedError: no trajectory was collected.
+        """
+        self.config.group_size = self.group_size_to_process
+        # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
+        self.max_token_len = self.config.max_token_length
+        self._flush_every_group()
+        reporter = Reporter(self.name or type(self).__name__)
+        try:
+            async with self.running():
+                queue = GroupQueue(
+                    next_item=self.get_next_item,
+                    collect=self.collect_group,
+                    lost=self._lost_group,
+                    save=self._save_group,
+                    reporter=reporter,
+                    concurrency=self.config.max_concurrent_groups,
+                    attempts=self.config.group_attempts,
+                )
+                with reporter:
+                    await queue.run(self.n_groups_to_process, self.summary)
+        finally:
+            self.jsonl_writer.close()
+            reporter.conclude(self.summary)
+        if not self.summary.trajectories:
+            raise NothingCollectedError("no trajectory was collected")
+        await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
+
+    def _lost_group(self, item: Any, reason: str) -> Group:
+        name = self.item_name(item)
+        failures = [InfrastructureFailure(f"{name}-{index}", reason, 1) for index in range(self.config.group_size)]
+        return Group(name, (), tuple(failures))
+
+    async def _save_group(self, item: Any, group: Group) -> None:
+        data = await self.postprocess_histories(group.scored_data())
+        await self.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
+        await self.wandb_log()
+
+    def _flush_every_group(self) -> None:
+        """What is collected survives whatever ends the run; atroposlib's writer keeps groups in memory."""
+        self.jsonl_writer.close()
+        self.jsonl_writer = jsonlines.open(self.config.data_path_to_save_groups, "w", flush=True)
+
+    @staticmethod
+    def _check_endpoint(config: AgentEnvConfig, server_configs: ServerBaseline | list[APIServerConfig]) -> None:
+        """Refuse to start without an engine when the policy needs one: guessing a server would be a silent fallback."""
+        if config.policy in ("oracle", "nop"):
+            return
+        configs = server_configs if isinstance(server_configs, list) else []
+        if not configs or not all(server.base_url for server in configs):
+            raise ConfigError(
+                f"openai.base_url: no inference endpoint is configured, and policy {config.policy!r} needs one: pass "
+                "--openai.base_url URL --openai.model_name NAME, or try scripts/demo, which needs no model"
+            )

@@ -1,0 +1,1 @@
+"""Decides rewards where nothing that an agent could touch takes part."""

@@ -1,0 +1,104 @@
+"""Runs named tests in a clean slot and says what became of each."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from backends.errors import ArtifactError
+from hermes_envs.python_environment import PYTHON, REPOSITORY
+from hermes_envs.workspace import Workspace
+from sandbox_image.protocol import WORKSPACE
+
+Outcome = Literal["passed", "failed", "error", "skipped", "xfailed", "xpassed", "missing"]
+
+_CANARY = "def test_canary():\n    assert False, 'a test that must fail'\n"
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """Outcomes by node id, or why there are none that could be believed."""
+
+    __test__ = False
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    problem: str | None = None
+    duration_s: float = 0.0
+
+    def failures(self, node_ids: Sequence[str]) -> list[str]:
+        """The tests that did not pass; a skipped, missing or uncollected one has not."""
+        return [node_id for node_id in node_ids if self.outcomes.get(node_id, "missing") != "passed"]
+
+
+async def run_tests(workspace: Workspace, node_ids: Sequence[str], timeout_s: float) -> TestRun:
+    """Run the tests in the repository of a slot that no agent has used.
+
+    The report lies in a folder whose name is drawn for this run. A test that must fail runs last, and the runner's functions
+    are compared before and after: if the one passes or the others changed, nothing of the report is believed. Code that runs
+    in the same process can always lie in the end; docs/grading.md says what is left.
+
+    Raises:
+        SandboxError: the slot failed.
+    """
+    folder = f"{WORKSPACE}/.grading-{secrets.token_hex(16)}"
+    # Beside the tests, so that pytest finds the same configuration as without it.
+    canary = posixpath.join(REPOSITORY, posixpath.dirname(node_ids[0].split("::", 1)[0]), f"test_{secrets.token_hex(8)}.py")
+    report = f"{folder}/{secrets.token_hex(16)}"
+    request = {
+        "root": REPOSITORY,
+        "files": sorted({node_id.split("::", 1)[0] for node_id in node_ids}),
+        "node_ids": list(node_ids),
+        "canary": canary,
+        "report": report,
+    }
+    for path, content in ((f"{folder}/driver.py", _driver()), (canary, _CANARY), (f"{folder}/request", json.dumps(request))):
+        written = await workspace.write(path, content.encode())
+        if not written.success:
+            return TestRun(problem=f"no room to run the tests: {written.error}")
+    command = f"exec {PYTHON} -I -B {folder}/driver.py {folder}/request"
+    result = await workspace.run(command, cwd=REPOSITORY, env={"HOME": folder}, timeout_s=timeout_s)
+    if result.metadata.get("timeout"):
+        return TestRun(problem=f"the tests took longer than {timeout_s:g} s")
+    try:
+        return _believe(json.loads(await workspace.read(report)), float(result.metadata.get("duration_s", 0.0)))
+    except ArtifactError:
+        ending = result.output.strip()[-500:]
+        return TestRun(
+            problem=f"the test process ended without a report (exit code {result.metadata.get('exit_code')}): {ending}"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        return TestRun(problem=f"the report is malformed: {reason!r}")
+
+
+def _believe(report: dict[str, Any], duration_s: float) -> TestRun:
+    if report["replaced"]:
+        return TestRun(problem=f"the code under test replaced {report['replaced'][0]}: the test runner was tampered with")
+    phases: dict[str, list[dict[str, Any]]] = report["phases"]
+    outcomes = {node_id: _outcome(of_test) for node_id, of_test in phases.items()}
+    canary = outcomes.pop("canary", "missing")
+    if canary not in ("failed", "error"):
+        return TestRun(problem=f"a test that must fail was reported as {canary}: the test runner was tampered with")
+    return TestRun(outcomes, duration_s=duration_s)
+
+
+def _outcome(phases: list[dict[str, Any]]) -> Outcome:
+    if any(phase["outcome"] == "failed" for phase in phases):
+        return "failed" if any(phase["when"] == "call" and phase["outcome"] == "failed" for phase in phases) else "error"
+    expected_failure = any(phase["expected_failure"] for phase in phases)
+    if any(phase["outcome"] == "skipped" for phase in phases):
+        return "xfailed" if expected_failure else "skipped"
+    called = [phase for phase in phases if phase["when"] == "call"]
+    if not called:
+        return "missing"
+    return "xpassed" if expected_failure else "passed"
+
+
+@cache
+def _driver() -> str:
+    return files("hermes_envs.grading").joinpath("driver.py").read_text(encoding="utf-8")

@@ -1,0 +1,32 @@
+"""Does nothing, to show that a task which nobody worked on does not score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hermes_envs.policies.base import Conversation, Message, Policy, Turn, assistant_message
+from hermes_envs.rollout import Rollout
+from hermes_envs.tools.call import ToolCall
+
+FINAL_MESSAGE = "Nothing was done."
+
+
+class NopPolicy(Policy):
+    """Ends every trajectory with its first message."""
+
+    def start(
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+    ) -> NopConversation:
+        return NopConversation(trajectory_id)
+
+
+class NopConversation(Conversation):
+    """One message without calls."""
+
+    def __init__(self, trajectory_id: str) -> None:
+        self.rollout = Rollout(trajectory_id)
+
+    async def respond(self, new_messages: Sequence[Message]) -> Turn:
+        """As `Conversation.respond`; raises nothing."""
+        return Turn(assistant_message(FINAL_MESSAGE), (), "stop")

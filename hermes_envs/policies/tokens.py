@@ -1,0 +1,139 @@
+"""Token in, token out: rollouts that are exact training data.
+
+The state of a conversation is its token list. What the engine returned is appended to the letter, and the next turn's prompt
+is that list and the new messages' tokens; nothing that was sampled is ever tokenised again. docs/architecture.md "Exact
+tokens" says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hermes_envs.errors import ConfigError
+from hermes_envs.policies.base import (
+    ContextFullError,
+    Conversation,
+    FinishReason,
+    Message,
+    Policy,
+    Turn,
+    assistant_message,
+)
+from hermes_envs.policies.token_engine import Sample, TokenEngine
+from hermes_envs.policies.tokens_options import TokensOptions
+from hermes_envs.rendering import ChatRenderer, ParsedAnswer, create_chat_renderer
+from hermes_envs.rollout import Rollout, Segment
+from hermes_envs.tools.call import ToolCall
+
+if TYPE_CHECKING:
+    from atroposlib.envs.server_handling.server_manager import ServerManager
+
+LEAST_ANSWER_TOKENS = 16
+"""With less room than this a turn is not worth asking for: not even a short tool call fits."""
+
+
+class TokensPolicy(Policy):
+    """Asks an engine by token ids through atroposlib's servers (SGLang, vLLM, the Tinker trainer's)."""
+
+    exact = True
+
+    def __init__(self, server: ServerManager, tokenizer: Any, options: TokensOptions, engine_patience_s: float = 300.0) -> None:
+        """`engine_patience_s`: how long to wait while the health checks of all servers fail.
+
+        Raises:
+            ConfigError: the server returns no token ids, no renderer suits the tokenizer, or nothing limits a turn.
+        """
+        if options.agent_max_tokens is None and options.max_context_tokens is None:
+            # Left to themselves engines cut a turn at 16 (vLLM), 128 (SGLang) or 256 (Tinker trainer) tokens.
+            raise ConfigError("agent_max_tokens: policy tokens needs this or max_context_tokens to know how long a turn may be")
+        self.renderer = create_chat_renderer(tokenizer, options.renderer)
+        self._engine = TokenEngine(server, self.renderer, options.agent_temperature, engine_patience_s)
+        self._options = options
+
+    def start(
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+    ) -> TokensConversation:
+        return TokensConversation(trajectory_id, tools, self._engine, self.renderer, self._options)
+
+
+class TokensConversation(Conversation):
+    """One trajectory's tokens. A failed `respond` leaves it as it was, so that the same messages may be tried again."""
+
+    def __init__(
+        self,
+        trajectory_id: str,
+        tools: Sequence[dict[str, Any]],
+        engine: TokenEngine,
+        renderer: ChatRenderer,
+        options: TokensOptions,
+    ) -> None:
+        self.rollout = Rollout(trajectory_id)
+        self._tools = list(tools)
+        self._engine = engine
+        self._renderer = renderer
+        self._options = options
+        self._messages: list[Message] = []
+        self._last_prompt: list[int] = []
+        self._last_completion: list[int] = []
+
+    async def respond(self, new_messages: Sequence[Message]) -> Turn:
+        """As `Conversation.respond`; a prompt that rewrites history opens a new segment of the rollout.
+
+        Raises:
+            ValueError: there is no new message.
+        """
+        if not new_messages:
+            raise ValueError("a turn needs at least one new message")
+        messages = [*self._messages, *new_messages]
+        prompt, segment = self._prompt(messages, new_messages)
+        sample = await self._engine.sample(prompt, self._room(len(prompt)))
+        self._record(segment, prompt, sample)
+        answer = self._renderer.parse(sample.token_ids, prompt, self._tools, f"call_{self.rollout.engine_calls}")
+        self._messages = [*messages, self._for_rendering(answer, sample)]
+        return Turn(
+            assistant_message(answer.content, answer.tool_calls, answer.reasoning),
+            answer.tool_calls,
+            _finish_reason(answer, sample),
+        )
+
+    def _prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> tuple[list[int], Segment]:
+        """The next prompt and the segment that it extends, a new one if it cannot extend the last."""
+        if self.rollout.segments:
+            extended = self._renderer.next_prompt(self._last_prompt, self._last_completion, new_messages, self._tools)
+            if extended is not None:
+                return extended, self.rollout.segments[-1]
+        return self._renderer.prompt(messages, self._tools), Segment()
+
+    def _room(self, prompt_tokens: int) -> int:
+        """How many tokens the next turn may have."""
+        wanted, context = self._options.agent_max_tokens, self._options.max_context_tokens
+        if context is None:
+            assert wanted is not None, "the policy's constructor asks for one of the two"
+            return wanted
+        room = context - prompt_tokens
+        if room < min(LEAST_ANSWER_TOKENS, wanted or LEAST_ANSWER_TOKENS):
+            raise ContextFullError(f"the prompt has {prompt_tokens} tokens of {context} (max_context_tokens)")
+        return room if wanted is None else min(room, wanted)
+
+    def _record(self, segment: Segment, prompt: list[int], sample: Sample) -> None:
+        segment.extend_prompt(prompt)
+        segment.sample(sample.token_ids, sample.logprobs)
+        if segment not in self.rollout.segments[-1:]:
+            self.rollout.segments.append(segment)
+        self.rollout.engine_calls += 1
+        self.rollout.check()
+        self._last_prompt, self._last_completion = prompt, sample.token_ids
+
+    def _for_rendering(self, answer: ParsedAnswer, sample: Sample) -> Message:
+        """The turn as a later segment's prompt shows it: a malformed call cannot be rendered as a call, only as its text."""
+        if all(call.error is None for call in answer.tool_calls):
+            return assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+        closed = sample.token_ids[-1] in self._renderer.stop_token_ids
+        return {"role": "assistant", "content": self._renderer.decode(sample.token_ids[:-1] if closed else sample.token_ids)}
+
+
+def _finish_reason(answer: ParsedAnswer, sample: Sample) -> FinishReason:
+    if sample.truncated:
+        return "length"
+    return "tool_calls" if answer.tool_calls else "stop"

@@ -1,0 +1,285 @@
+"""Fix a repository so that the named tests pass.
+
+python -m hermes_envs.swe_smith process --config configs/swe_smith.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.errors import DatasetError, EnvironmentBuildError
+from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch
+from hermes_envs.grading.protection import Protection
+from hermes_envs.grading.test_run import run_tests
+from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment
+from hermes_envs.repository import RepositoryCache
+from hermes_envs.task_set import Row, TaskSet, missing_columns
+from hermes_envs.tools.call import ToolCall
+from hermes_envs.trajectory import Score, Trajectory
+from hermes_envs.workspace import Workspace
+from sandbox_image.protocol import WORKSPACE
+
+_REQUIRED_COLUMNS = ("instance_id", "repo", "problem_statement", "patch", "FAIL_TO_PASS", "PASS_TO_PASS")
+_SHOWN_FAILURES = 20
+_SHOWN_PATCH_CHARS = 100_000
+
+SYSTEM_PROMPT = """\
+You are a software engineer. A repository is checked out in your working directory. Fix the problem that the user describes
+by editing the source code with the tools you have; run its tests as you like. Changes to tests and to the configuration of
+the test runner are not kept. When the problem is fixed, say so without calling a tool.
+"""
+
+
+class SweSmithConfig(AgentEnvConfig):
+    """Options of the `swe_smith` environment."""
+
+    dataset_name: str = Field(
+        "NousResearch/SWE-smith-oracle",
+        description="`demo`, a folder with tasks.jsonl, a .jsonl or .parquet file, or a dataset of the Hugging Face hub.",
+    )
+    dataset_split: str = Field("train", description="Split of a hub dataset.")
+    max_items: int = Field(0, ge=0, description="Use only so many tasks; 0 for all.")
+    shuffle: bool = Field(True, description="Take the tasks in random order.")
+    seed: int = Field(0, description="Seed of that order.")
+    python_only: bool = Field(True, description="Leave out rows whose tests are not pytest node ids of Python files.")
+    score_include_fail_to_pass: bool = Field(True, description="Require FAIL_TO_PASS beside PASS_TO_PASS.")
+    prompt_mode: Literal["problem_statement", "problem_statement+text"] = Field(
+        "problem_statement", description="Which columns the model gets to read."
+    )
+    repo_base_url: str = Field(
+        "", description="Where OWNER/NAME.git is found; empty for the task folder's own `repositories`, else GitHub."
+    )
+    install_timeout_s: float = Field(600.0, gt=0, description="Longest that a step of building an environment may take.")
+    test_timeout_s: float = Field(600.0, gt=0, description="Longest that the tests may take.")
+
+
+@dataclass(frozen=True)
+class SweTask:
+    """One row. `generation` tells how many commits before `revision` the tree lies that has all tests."""
+
+    instance_id: str
+    repository: str
+    revision: str
+    generation: int
+    problem_statement: str
+    text: str
+    patch: str
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    install_commands: tuple[str, ...]
+
+    @classmethod
+    def from_row(cls, row: Row) -> SweTask:
+        """Read a row of SWE-smith-oracle, or of SWE-smith itself.
+
+        SWE-smith's own rows have no `base_commit`: the task is the branch named after the instance, whose last commit took
+        the failing tests away. They are in the commit before it.
+
+        Raises:
+            DatasetError: a column is missing or malformed; the message names the row.
+        """
+        name = row.get("instance_id") or "a row without instance_id"
+        missing = missing_columns(row, [column for column in _REQUIRED_COLUMNS if column != "PASS_TO_PASS"])
+        if not row.get("base_commit") and not row.get("image_name"):
+            missing.append("base_commit")
+        if missing:
+            raise DatasetError(f"{name}: column {', '.join(missing)} is missing")
+        upstream = not row.get("base_commit")
+        return cls(
+            instance_id=str(row["instance_id"]),
+            repository=str(row["repo"]),
+            revision=str(row["instance_id"] if upstream else row["base_commit"]),
+            generation=1 if upstream else 0,
+            problem_statement=str(row["problem_statement"]),
+            text=str(row.get("text") or ""),
+            patch=str(row["patch"]),
+            fail_to_pass=_strings(row, "FAIL_TO_PASS"),
+            pass_to_pass=_strings(row, "PASS_TO_PASS"),
+            install_commands=_strings(row, "install_commands") if "install_commands" in row else ("pip install -e .",),
+        )
+
+    @property
+    def is_python(self) -> bool:
+        """Whether every test is a pytest node id of a Python file."""
+        return all(".py::" in node_id for node_id in (*self.fail_to_pass, *self.pass_to_pass))
+
+
+def _strings(row: Row, column: str) -> tuple[str, ...]:
+    value = row.get(column) or []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as reason:
+            raise DatasetError(f"{row['instance_id']}: column {column} is neither a list nor JSON of one") from reason
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise DatasetError(f"{row['instance_id']}: column {column} is not a list of texts")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Environments:
+    """What the agent works in and what it is graded in; the same unless the task hides its tests."""
+
+    agent: PythonEnvironment
+    grading: PythonEnvironment
+
+
+class SweSmithEnv(AgentEnv):
+    """Repair repositories; rewarded by tests in a clean workspace."""
+
+    name = "swe_smith"
+    env_config_cls: ClassVar[type[AgentEnvConfig]] = SweSmithConfig
+    config: SweSmithConfig
+
+    async def setup_agent_env(self) -> None:
+        """Read the task set and put it in order.
+
+        Raises:
+            DatasetError: there is no usable row.
+        """
+        cache = self.config.cache_path
+        task_set = await TaskSet.load(self.config.dataset_name, self.config.dataset_split, cache)
+        self._tasks = self._read_rows(task_set.rows)
+        self._wheels = tuple(sorted((task_set.folder / "wheels").glob("*.whl"))) if task_set.folder else ()
+        self._repositories = RepositoryCache(
+            cache / "repositories", self._repository_url(task_set.folder), self.config.install_timeout_s
+        )
+        self._epoch, self._position = 0, 0
+        self._order = self._shuffled()
+
+    def _read_rows(self, rows: list[Row]) -> list[SweTask]:
+        tasks = []
+        for row in rows:
+            try:
+                task = SweTask.from_row(row)
+            except DatasetError as reason:
+                self.summary.skipped_rows.append(str(reason))
+                continue
+            if task.is_python or not self.config.python_only:
+                tasks.append(task)
+        if not tasks:
+            why = f": {self.summary.skipped_rows[0]}" if self.summary.skipped_rows else ""
+            raise DatasetError(f"dataset_name: {self.config.dataset_name!r} has no usable row{why}")
+        return tasks
+
+    def _repository_url(self, folder: Path | None) -> str:
+        if self.config.repo_base_url:
+            return self.config.repo_base_url
+        if folder is not None and (folder / "repositories").is_dir():
+            return (folder / "repositories").resolve().as_uri()
+        return "https://github.com"
+
+    def _shuffled(self) -> list[SweTask]:
+        order = list(self._tasks)
+        if self.config.shuffle:
+            random.Random(f"{self.config.seed}-{self._epoch}").shuffle(order)
+        return order[: self.config.max_items or None]
+
+    async def get_next_item(self) -> SweTask | None:
+        """The next task; `process` takes each once, a trainer gets them over and over in a new order."""
+        if self._position == len(self._order):
+            if self.process_mode:
+                return None
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._shuffled()
+        self._position += 1
+        return self._order[self._position - 1]
+
+    def item_name(self, item: SweTask) -> str:
+        """The instance id."""
+        return item.instance_id
+
+    async def build_task(self, item: SweTask) -> AgentTask:
+        """The problem statement as prompt, the repository and its environment as layer, the patch as reference."""
+        environments = await self._environments(item)
+        statement = item.problem_statement
+        if self.config.prompt_mode == "problem_statement+text" and item.text:
+            statement = f"{statement}\n\n{item.text}"
+        return AgentTask(
+            prompt=[
+                {"role": "system", "content": self.config.system_prompt or SYSTEM_PROMPT},
+                {"role": "user", "content": statement},
+            ],
+            layer=environments.agent.layer(self.backend),
+            reference=_reference(item),
+        )
+
+    async def _environments(self, item: SweTask) -> Environments:
+        async def environment(generation: int) -> PythonEnvironment:
+            snapshot = await self._repositories.snapshot(item.repository, item.revision, generation=generation)
+            return PythonEnvironment(snapshot, item.install_commands, self._wheels, self.config.install_timeout_s)
+
+        agent = await environment(0)
+        return Environments(agent, agent if item.generation == 0 else await environment(item.generation))
+
+    async def setup_trajectory_workspace(self, item: SweTask, workspace: Workspace) -> None:
+        """Start tools in the repository, with its virtual environment activated."""
+        workspace.cwd = REPOSITORY
+        path = (await workspace.run('printf %s "$PATH"')).output
+        workspace.env = {"PATH": f"{VIRTUAL_ENVIRONMENT}/bin:{path}", "VIRTUAL_ENV": VIRTUAL_ENVIRONMENT}
+
+    async def verify_and_score_trajectory(self, item: SweTask, trajectory: Trajectory, workspace: Workspace) -> Score:
+        """1 if every named test passes in a clean workspace with the agent's change to the source, else 0."""
+        environments = await self._environments(item)
+        details: dict[str, Any] = {"instance_id": item.instance_id}
+        if self.config.policy == "nop":
+            await self._require_failing_tests(item, environments, workspace)
+        if trajectory.tool_counts.attempted == 0:
+            return Score(0.0, "no tool was called", details)
+        try:
+            patch = await capture_patch(workspace, environments.agent.snapshot)
+            details["patch"] = patch.decode("utf-8", errors="replace")[:_SHOWN_PATCH_CHARS]
+            if not patch:
+                return Score(0.0, "nothing was changed", details)
+            await workspace.reset(environments.grading.layer(self.backend))
+            applied = await apply_patch(workspace, patch, Protection.of_tests(self._tests(item)))
+        except PatchError as reason:
+            return Score(0.0, str(reason), details)
+        details["left_out"] = applied.left_out
+        if not applied.changed:
+            return Score(0.0, "only protected paths were changed", details)
+        return await self._score_by_tests(item, workspace, details)
+
+    async def _score_by_tests(self, item: SweTask, workspace: Workspace, details: dict[str, Any]) -> Score:
+        run = await run_tests(workspace, self._tests(item), self.config.test_timeout_s)
+        if run.problem is not None:
+            return Score(0.0, run.problem, details)
+        failures = run.failures(self._tests(item))
+        details["test_seconds"] = run.duration_s
+        details["failed_tests"] = {node_id: run.outcomes.get(node_id, "missing") for node_id in failures[:_SHOWN_FAILURES]}
+        if failures:
+            return Score(0.0, f"{len(failures)} of {len(self._tests(item))} tests did not pass", details)
+        return Score(1.0, f"all {len(self._tests(item))} tests passed", details)
+
+    async def _require_failing_tests(self, item: SweTask, environments: Environments, workspace: Workspace) -> None:
+        """The `nop` policy validates a task set: a task whose tests pass without a fix would reward anything."""
+        await workspace.reset(environments.grading.layer(self.backend))
+        run = await run_tests(workspace, self._tests(item), self.config.test_timeout_s)
+        if run.problem is None and not run.failures(item.fail_to_pass):
+            raise EnvironmentBuildError("its tests pass without a fix")
+
+    def _tests(self, item: SweTask) -> tuple[str, ...]:
+        required = item.fail_to_pass if self.config.score_include_fail_to_pass else ()
+        return (*required, *item.pass_to_pass)
+
+
+def _reference(item: SweTask) -> list[ToolCall]:
+    """Put the patch into a file and apply it; a bug's patch, as SWE-smith has it, is applied in reverse."""
+    path = f"{WORKSPACE}/solution.patch"
+    apply = f"git apply {shlex.quote(path)}"
+    return [
+        ToolCall("solution-1", "write_file", {"path": path, "content": item.patch}),
+        ToolCall("solution-2", "terminal", {"command": f"{apply} || {apply} --reverse"}),
+    ]
+
+
+if __name__ == "__main__":
+    SweSmithEnv.cli()

@@ -1,0 +1,94 @@
+"""Reads a set of task rows from wherever a user keeps them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from hermes_envs.demo import materialise
+from hermes_envs.errors import DatasetError
+
+Row = dict[str, Any]
+
+DEMO = "demo"
+"""The name of the tasks that ship with the package."""
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Rows, and the folder they came from if they came from one."""
+
+    rows: list[Row]
+    folder: Path | None = None
+
+    @classmethod
+    async def load(cls, name: str, split: str, cache_directory: Path) -> TaskSet:
+        """Read `demo`, a folder with `tasks.jsonl`, a `.jsonl` or `.parquet` file, or a dataset of the Hugging Face hub.
+
+        Raises:
+            DatasetError: it is not there or malformed; the message names the file and line.
+        """
+        return await asyncio.to_thread(cls._read, name, split, cache_directory)
+
+    @classmethod
+    def _read(cls, name: str, split: str, cache_directory: Path) -> TaskSet:
+        path = materialise(cache_directory / "demo") if name == DEMO else Path(name).expanduser()
+        if path.is_dir():
+            return cls(_read_jsonl(path / "tasks.jsonl"), path)
+        if path.suffix == ".jsonl":
+            return cls(_read_jsonl(path), path.parent)
+        if path.suffix == ".parquet":
+            return cls(_read_parquet(path), path.parent)
+        if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise DatasetError(f"dataset_name: {name!r} is no folder, no .jsonl or .parquet file, and no OWNER/NAME of the hub")
+        return cls(_read_hub(name, split))
+
+
+def missing_columns(row: Row, required: Sequence[str]) -> list[str]:
+    """The required columns that a row lacks or leaves empty."""
+    return [column for column in required if row.get(column) in (None, "", [])]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DatasetError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+                rows.append(row)
+    except OSError as reason:
+        raise DatasetError(f"dataset_name: cannot read {path}: {reason.strerror}") from reason
+    except UnicodeDecodeError as reason:
+        raise DatasetError(f"{path}: not UTF-8: {reason}") from reason
+    except json.JSONDecodeError as reason:
+        raise DatasetError(f"{path}:{number}: not JSON: {reason}") from reason
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as reason:
+        raise DatasetError(f"dataset_name: cannot read {path}: {reason}") from reason
+    return rows
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    # Takes seconds to import, and most task sets are local.
+    import datasets
+
+    try:
+        return [dict(row) for row in datasets.load_dataset(name, split=split)]
+    except Exception as reason:
+        raise DatasetError(f"dataset_name: cannot load {name!r}, split {split!r}: {reason}") from reason

@@ -1,0 +1,82 @@
+"""The tools that a model is offered, and what each becomes in a slot."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hermes_envs.workspace import Workspace
+
+SandboxCall = tuple[str, dict[str, Any]]
+"""A tool of the slot server and its arguments."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may call.
+
+    `parameters` is the JSON schema of its arguments. `to_sandbox` turns validated arguments into a call of the slot server,
+    in the directory and with the variables of the workspace.
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    to_sandbox: Callable[[Workspace, dict[str, Any]], SandboxCall]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The tool in OpenAI's function form, as chat templates and endpoints take it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+def _run_command(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
+    return "bash", {"command": arguments["command"], "cwd": workspace.cwd, "env": workspace.env}
+
+
+def _read_file(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
+    return "read_file", {"path": posixpath.join(workspace.cwd, arguments["path"])}
+
+
+def _write_file(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
+    return "write_file", {"path": posixpath.join(workspace.cwd, arguments["path"]), "content": arguments["content"]}
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+_COMMAND = _object(
+    {
+        "command": {"type": "string", "description": "The command line, run by /bin/sh."},
+        "timeout": {"type": "number", "exclusiveMinimum": 0, "description": "Seconds after which it is killed."},
+    },
+    ["command"],
+)
+_PATH = {"type": "string", "description": "A path in the workspace, absolute or relative to the working directory."}
+
+BUILTIN_TOOLS = {
+    tool.name: tool
+    for tool in (
+        *(
+            Tool(
+                name,
+                "Run one command in a fresh POSIX shell in the working directory and return its output. Nothing that it "
+                "starts, sets or changes directory to lasts beyond the call; files do.",
+                _COMMAND,
+                _run_command,
+            )
+            for name in ("terminal", "bash")
+        ),
+        Tool("read_file", "Return the content of a text file.", _object({"path": _PATH}, ["path"]), _read_file),
+        Tool(
+            "write_file",
+            "Write a text file, replacing what was there; missing directories are made.",
+            _object({"path": _PATH, "content": {"type": "string"}}, ["path", "content"]),
+            _write_file,
+        ),
+    )
+}

@@ -1,0 +1,221 @@
+"""How the boxes of a server are built: what a box shows, what it may use, and the command line that says so to bubblewrap."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sandbox_image.errors import StartupError
+from sandbox_image.mounts import Stage
+from sandbox_image.protocol import WORKSPACE
+
+Isolation = Literal["bubblewrap", "none"]
+
+FIRST_SLOT_UID = 60_000
+HOME = "/home/user"
+HOSTNAME = "sandbox"
+INIT_IN_BOX = "/init.py"
+PROCESS_LIMITS = {"NOFILE": 4096, "NPROC": 1024, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
+"""Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
+TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, "/run": 16 * 1024**2}
+"""The writable places of a box beside the workspace, in memory, with their sizes."""
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MERGED_DIRECTORIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_ETC = (
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/alternatives",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/etc/ca-certificates",
+    "/etc/pki/tls/certs",
+    "/etc/pki/ca-trust",
+    "/etc/localtime",
+    "/etc/timezone",
+    "/etc/mime.types",
+    "/etc/protocols",
+    "/etc/services",
+)
+_ETC_WITH_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
+_NEEDED_OPTIONS = ("--as-pid-1", "--die-with-parent", "--new-session", "--size", "--remount-ro", "--unshare-cgroup-try")
+# Not a place to show something else at: the box has its own there.
+_RESERVED = ("/proc", "/dev", "/run", "/etc", WORKSPACE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one slot on the host: `root` holds the workspace and nothing else.
+
+    `uid` None is the server's own user; `seen_as` is the workspace's path for commands.
+    """
+
+    directory: Path
+    root: Path
+    uid: int | None
+    seen_as: str
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace on the host."""
+        return self.root / WORKSPACE.removeprefix("/")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What all boxes of a server have in common."""
+
+    isolation: Isolation
+    slots_directory: Path
+    stage: Stage
+    shown: tuple[str, ...]
+    prefix: str
+    bubblewrap: str = ""
+    options: frozenset[str] = field(default_factory=frozenset)
+
+    @classmethod
+    def prepare(cls, isolation: Isolation, data_dir: Path, read_only: Sequence[str], *, keep: Sequence[str] = ()) -> Blueprint:
+        """Look at the machine and make everything reachable that boxes show.
+
+        Puts what boxes need into `data_dir/slots`. Must run before the process has a second thread.
+
+        Raises:
+            StartupError: something is missing; the text names the remedy.
+        """
+        bubblewrap, options = ("", frozenset[str]()) if isolation == "none" else _find_bubblewrap()
+        prefix = os.path.realpath(sys.base_prefix)
+        shown = [*([] if _is_below(prefix, "/usr") else [prefix]), *(_check_shown(path) for path in read_only)]
+        slots_directory = data_dir / "slots"
+        slots_directory.mkdir(mode=0o711)
+        shutil.copyfile(Path(__file__).with_name("init.py"), slots_directory / "init.py")
+        trees = list(dict.fromkeys([str(slots_directory), *shown]))
+        if os.geteuid() == 0:
+            stage = Stage.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
+        else:
+            stage = Stage.plain(trees)
+        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, bubblewrap, options)
+
+    def place(self, index: int) -> Place:
+        """Make the directory of a slot and the files that describe its user."""
+        directory = self.slots_directory / f"slot_{index}"
+        root = directory / "root"
+        root.mkdir(mode=0o711, parents=True)
+        directory.chmod(0o711)
+        uid = FIRST_SLOT_UID + index if os.geteuid() == 0 else None
+        shown_uid, shown_gid = (uid, uid) if uid is not None else (os.getuid(), os.getgid())
+        (directory / "passwd").write_text(
+            f"root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:{shown_uid}:{shown_gid}:user:{HOME}:/bin/sh\n"
+            "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
+        )
+        (directory / "group").write_text(f"root:x:0:\nuser:x:{shown_gid}:\nnogroup:x:65534:\n")
+        (directory / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n")
+        for name in ("passwd", "group", "hosts"):
+            (directory / name).chmod(0o644)
+        seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{self.staged(root)}{WORKSPACE}"
+        return Place(directory, root, uid, seen_as)
+
+    def argv(self, place: Place, *, network: bool, control: int, output: int) -> list[str]:
+        """The command line of a box whose init talks over two inherited descriptors."""
+        init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), json.dumps(PROCESS_LIMITS)]
+        if self.isolation == "none":
+            init[2] = self.staged(self.slots_directory / "init.py")
+            interpreter = os.path.realpath(sys.executable)
+            if self.prefix in self.shown:
+                interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
+            return [interpreter, *init]
+        return [self.bubblewrap, *self._box_options(place, network), "--", os.path.realpath(sys.executable), *init]
+
+    def staged(self, path: Path) -> str:
+        """A path below the slots' directory as the user of a slot reaches it."""
+        return f"{self.stage.source(str(self.slots_directory))}/{path.relative_to(self.slots_directory)}"
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """All that a command finds in its environment, unless the call adds to it."""
+        path = _SYSTEM_PATH
+        if self.prefix in self.shown:
+            visible = self.prefix if self.isolation == "bubblewrap" else self.stage.source(self.prefix)
+            path = f"{visible}/bin:{path}"
+        return {
+            "PATH": path,
+            "HOME": HOME if self.isolation == "bubblewrap" else place.seen_as,
+            "USER": "user",
+            "LOGNAME": "user",
+            "SHELL": "/bin/sh",
+            "LANG": "C.UTF-8",
+            "TERM": "dumb",
+        }
+
+    def limits(self) -> dict[str, Any]:
+        """What is enforced, for `/health`."""
+        enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in PROCESS_LIMITS.items()}
+        if self.isolation == "none":
+            return enforced
+        enforced["tmpfs_bytes"] = dict(TMPFS_BYTES)
+        enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
+        return enforced
+
+    def _box_options(self, place: Place, network: bool) -> list[str]:
+        argv = ["--unshare-user"]
+        if "--disable-userns" in self.options:
+            argv.append("--disable-userns")
+        argv += ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        if not network:
+            argv.append("--unshare-net")
+        argv += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--hostname", HOSTNAME]
+        argv += ["--ro-bind", "/usr", "/usr"]
+        for name in _MERGED_DIRECTORIES:
+            if os.path.islink(f"/{name}"):
+                argv += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
+            elif os.path.isdir(f"/{name}"):
+                argv += ["--ro-bind", f"/{name}", f"/{name}"]
+        argv += ["--proc", "/proc", "--dev", "/dev"]
+        for path, size in TMPFS_BYTES.items():
+            argv += ["--size", str(size), "--perms", "1777" if path in ("/tmp", "/dev/shm") else "0755", "--tmpfs", path]
+        for path in (*_ETC, *(_ETC_WITH_NETWORK if network else ())):
+            argv += ["--ro-bind-try", path, path]
+        for name in ("passwd", "group") if network else ("passwd", "group", "hosts"):
+            argv += ["--ro-bind", self.staged(place.directory / name), f"/etc/{name}"]
+        argv += ["--ro-bind", self.staged(self.slots_directory / "init.py"), INIT_IN_BOX]
+        for path in self.shown:
+            argv += ["--ro-bind", self.stage.source(path), path]
+        argv += ["--bind", self.staged(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]
+        return [*argv, "--chdir", WORKSPACE]
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(f"{directory}/")
+
+
+def _check_shown(path: str) -> str:
+    if not os.path.isabs(path):
+        raise StartupError(f"--read-only {path}: must be an absolute path")
+    path = os.path.normpath(path)
+    if path == "/" or any(_is_below(path, reserved) or _is_below(reserved, path) for reserved in _RESERVED):
+        raise StartupError(f"--read-only {path}: boxes have their own {path}")
+    if not os.path.exists(path):
+        raise StartupError(f"--read-only {path}: no such file or directory")
+    return path
+
+
+def _find_bubblewrap() -> tuple[str, frozenset[str]]:
+    program = shutil.which("bwrap")
+    if program is None:
+        raise StartupError(
+            "bubblewrap is not installed; install it (Debian, Ubuntu: apt-get install bubblewrap) or run with --isolation none"
+        )
+    usage = subprocess.run([program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    options = frozenset(word for word in usage.stdout.split() if word.startswith("--"))
+    missing = [option for option in _NEEDED_OPTIONS if option not in options]
+    if missing:
+        raise StartupError(
+            f"{program} is too old: it has no {missing[0]}; install bubblewrap 0.8 or newer, or run with --isolation none"
+        )
+    return program, options

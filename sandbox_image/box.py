@@ -1,0 +1,340 @@
+"""The box of a slot: a sandbox that starts once, with our init inside, and runs one command after the other."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox_image.blueprint import Blueprint, Place
+from sandbox_image.errors import BoxError
+from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
+
+START_TIMEOUT_S = 30.0
+KILL_MARGIN_S = 5.0
+"""How long the init may take to kill a command that ran out of time before the whole box is given up."""
+_LARGEST_PACKET = PACKET_BYTES - 1
+_PIPE_READ = 65536
+_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass
+class _Call:
+    number: int
+    sink: Callable[[bytes], None]
+    done: asyncio.Future[dict[str, Any]]
+    expired: bool = False
+
+
+@dataclass(frozen=True)
+class CommandEnd:
+    """How a command ended: an exit status (128 + N for signal N; None if its time ran out) or why it never began."""
+
+    exit_code: int | None
+    expired: bool = False
+    error: str | None = None
+
+
+@dataclass
+class Box:
+    """A running sandbox. Belongs to the event loop's thread, to which bubblewrap's life is tied."""
+
+    _process: subprocess.Popen[bytes]
+    _control: socket.socket
+    _output: int
+    _complaints: int
+    _exit_fd: int
+    _hello: asyncio.Future[dict[str, Any]]
+    _exited: asyncio.Future[None]
+    _contained: bool
+    _init_fd: int | None = None
+    _call: _Call | None = None
+    _calls: int = 0
+    _verdict: str | None = None
+    _closed: bool = field(default=False)
+
+    @classmethod
+    async def start(cls, blueprint: Blueprint, place: Place, *, network: bool = False) -> Box:
+        """Start a box around a workspace and make sure that it is one.
+
+        Raises:
+            BoxError: it does not start, or a defence is missing. Nothing is left running then.
+        """
+        box = cls._spawn(blueprint, place, network)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                facts = await box._hello
+            flaw = None if blueprint.isolation == "none" else _flaw(facts, place, network)
+            if flaw is not None:
+                raise BoxError(f"the box is not closed: {flaw}")
+        except TimeoutError:
+            await box.kill("it did not start in time")
+            raise BoxError(f"no box after {START_TIMEOUT_S:.0f} s") from None
+        except (BoxError, asyncio.CancelledError):
+            await asyncio.shield(box.kill("it failed its check"))
+            raise
+        return box
+
+    @classmethod
+    def _spawn(cls, blueprint: Blueprint, place: Place, network: bool) -> Box:
+        loop = asyncio.get_running_loop()
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output, their_output = os.pipe()
+        complaints = os.memfd_create("complaints")
+        try:
+            control.setblocking(False)
+            os.set_blocking(output, False)
+            # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
+            control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            process = subprocess.Popen(
+                blueprint.argv(place, network=network, control=theirs.fileno(), output=their_output),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=complaints,
+                pass_fds=(theirs.fileno(), their_output),
+                cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
+                env=blueprint.environment(place),
+                start_new_session=True,
+                user=place.uid,
+                group=place.uid,
+                extra_groups=None if place.uid is None else [],
+            )
+        except OSError as error:
+            control.close()
+            os.close(output)
+            os.close(complaints)
+            raise BoxError(f"cannot start a box: {error}") from error
+        finally:
+            theirs.close()
+            os.close(their_output)
+        exit_fd = os.pidfd_open(process.pid)
+        box = cls(
+            process,
+            control,
+            output,
+            complaints,
+            exit_fd,
+            loop.create_future(),
+            loop.create_future(),
+            blueprint.isolation != "none",
+        )
+        loop.add_reader(control, box._on_message)
+        loop.add_reader(output, box._on_output)
+        loop.add_reader(exit_fd, box._on_exit)
+        return box
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can run a command."""
+        return self._verdict is None and not self._closed
+
+    @property
+    def verdict(self) -> str:
+        """Why it is not alive any more."""
+        return self._verdict or "it is closed"
+
+    async def run(
+        self,
+        command: str,
+        sink: Callable[[bytes], None],
+        timeout_s: float,
+        *,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> CommandEnd:
+        """Run a command with `/bin/sh -c`; when this returns, everything that it started is dead.
+
+        `sink` gets what is printed, as it comes, standard output and error in one stream. One command at a time.
+
+        Raises:
+            BoxError: the box died, or had to be killed because it did not answer.
+        """
+        if not self.alive:
+            raise BoxError(self.verdict)
+        loop = asyncio.get_running_loop()
+        self._calls += 1
+        call = self._call = _Call(self._calls, sink, loop.create_future())
+        timer = loop.call_later(timeout_s, self._expire, call)
+        try:
+            self._send({"run": call.number, "command": command, "cwd": cwd, "env": env})
+            reply = await call.done
+        except BaseException:
+            # Whatever interrupts the wait, a command that nobody waits for must not run on.
+            self.doom("a call was abandoned")
+            raise
+        finally:
+            timer.cancel()
+            self._call = None
+        if "error" in reply:
+            return CommandEnd(None, error=str(reply["error"]))
+        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(reply["exit"]))
+
+    def doom(self, reason: str) -> None:
+        """Kill all that is in the box, without waiting for it; the running call ends with `reason`."""
+        if self._closed:
+            return
+        if self._verdict is None:
+            self._verdict = reason
+        if self._call is not None and not self._call.done.done():
+            self._call.done.set_exception(BoxError(reason))
+        if not self._contained:
+            # Without a namespace only the init knows what it started; it kills that and leaves when the socket closes.
+            self._control.shutdown(socket.SHUT_RDWR)
+            asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._process.kill)
+        elif self._init_fd is not None:
+            try:
+                signal.pidfd_send_signal(self._init_fd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+        else:
+            self._process.kill()
+
+    async def kill(self, reason: str) -> None:
+        """Kill all that is in the box; when this returns, it is gone.
+
+        Raises:
+            BoxError: it does not die.
+        """
+        self.doom(reason)
+        if self._closed:
+            return
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.shield(self._exited)
+                # Readable once the init is a zombie, and PID 1 becomes one only after all others in its namespace are gone.
+                if self._init_fd is not None:
+                    await _readable(self._init_fd)
+        except TimeoutError:
+            raise BoxError(f"a box does not die (process {self._process.pid})") from None
+        self._close()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._control)
+        loop.remove_reader(self._output)
+        self._control.close()
+        for descriptor in (self._output, self._complaints, self._exit_fd, self._init_fd):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        packet = json.dumps(message).encode()
+        try:
+            if len(packet) <= _LARGEST_PACKET:
+                self._control.send(packet)
+                return
+            with open(os.memfd_create("message"), "wb") as file:
+                file.write(packet)
+                file.flush()
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
+                socket.send_fds(self._control, [BY_REFERENCE], [file.fileno()])
+        except OSError as error:
+            raise BoxError(f"the box does not take a command: {error.strerror}") from error
+
+    def _expire(self, call: _Call) -> None:
+        if call.done.done():
+            return
+        call.expired = True
+        try:
+            self._send({"kill": call.number})
+        except BoxError as error:
+            self.doom(str(error))
+            return
+        asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._give_up, call)
+
+    def _give_up(self, call: _Call) -> None:
+        if not call.done.done():
+            self.doom("its init did not answer")
+
+    def _on_message(self) -> None:
+        try:
+            packet, ancillary, _, _ = self._control.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, ancillary = b"", []
+        if not packet:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._lost("its init is gone")
+            return
+        message = json.loads(packet)
+        if "hello" in message:
+            self._welcome(message["hello"], ancillary)
+        elif self._call is not None and message.get("done") == self._call.number and not self._call.done.done():
+            # Everybody who could write is dead, so what is in the pipe now is all there is.
+            while self._on_output():
+                pass
+            self._call.done.set_result(message)
+
+    def _welcome(self, facts: dict[str, Any], ancillary: list[tuple[int, int, bytes]]) -> None:
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                self._init_fd = os.pidfd_open(_CREDENTIALS.unpack_from(array.array("B", payload))[0])
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        if not self._hello.done():
+            self._hello.set_result(facts)
+
+    def _on_output(self) -> bool:
+        """Take what is in the pipe; whether there was something."""
+        try:
+            chunk = os.read(self._output, _PIPE_READ)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            asyncio.get_running_loop().remove_reader(self._output)
+            return False
+        if self._call is not None:
+            self._call.sink(chunk)
+        return True
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._exit_fd)
+        status = self._process.wait()
+        self._lost(f"it ended with status {status}")
+        if not self._exited.done():
+            self._exited.set_result(None)
+
+    def _lost(self, reason: str) -> None:
+        complaint = os.pread(self._complaints, 4096, 0).decode(errors="replace").strip()
+        if complaint:
+            reason = f"{reason}: {complaint.splitlines()[-1]}"
+        self.doom(reason)
+        if not self._hello.done():
+            self._hello.set_exception(BoxError(reason))
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _flaw(facts: dict[str, Any], place: Place, network: bool) -> str | None:
+    """What is wrong with a box that reports these facts; None if it holds."""
+    own_namespace = os.readlink("/proc/self/ns/pid")
+    flaws = {
+        "it keeps capabilities": facts["capabilities"] != 0,
+        "it can gain privileges": not facts["no_new_privileges"],
+        "it runs as root": facts["uid"] == 0,
+        "it runs as another user": place.uid is not None and facts["uid"] != place.uid,
+        "it sees other processes": facts["pid"] != 1 or facts["pid_namespace"] == own_namespace,
+        f"it can write {', '.join(facts['writable'])}": bool(facts["writable"]),
+        "it cannot write its workspace": not facts["workspace_writable"],
+        f"its network interfaces are {facts['interfaces']}": not network and facts["interfaces"] != {"lo": True},
+    }
+    return next((flaw for flaw, found in flaws.items() if found), None)

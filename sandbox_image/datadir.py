@@ -1,0 +1,71 @@
+"""The directory in which a slot server keeps its workspaces and layers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from sandbox_image.errors import StartupError
+from sandbox_image.trees import remove_tree
+
+_MARKER = ".slot-server"
+_OWN = ("slots", "layers", "trash", "stage")
+
+
+class DataDir:
+    """Belongs to one server at a time, which empties it before and after; foreign files in it are left alone."""
+
+    def __init__(self, path: Path, lock: int, created: bool) -> None:
+        self.path = path
+        self.layers = path / "layers"
+        self.trash = path / "trash"
+        self._lock = lock
+        self._created = created
+
+    @classmethod
+    def claim(cls, path: Path) -> DataDir:
+        """Take the directory over, and remove what a killed server has left in it.
+
+        Raises:
+            StartupError: another server uses it, it holds somebody else's files of the same names, or it cannot be written.
+        """
+        try:
+            return cls._claim(path.absolute())
+        except OSError as error:
+            raise StartupError(f"--data-dir {path}: {error.strerror}") from error
+
+    @classmethod
+    def _claim(cls, path: Path) -> DataDir:
+        created = not path.exists()
+        # Slots' users pass through, but cannot look around.
+        path.mkdir(mode=0o711, parents=True, exist_ok=True)
+        marker = path / _MARKER
+        if not marker.exists():
+            foreign = [name for name in _OWN if (path / name).exists()]
+            if foreign:
+                raise StartupError(f"--data-dir {path}: {foreign[0]} in it is not a slot server's; use an empty directory")
+        lock = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise StartupError(f"--data-dir {path}: another slot server uses it") from None
+        claimed = cls(path, lock, created)
+        for name in _OWN:
+            remove_tree(path / name)
+        claimed.layers.mkdir(mode=0o700)
+        claimed.trash.mkdir(mode=0o700)
+        return claimed
+
+    def release(self) -> None:
+        """Remove everything that the server has made."""
+        for name in (*_OWN, _MARKER):
+            remove_tree(self.path / name)
+        os.close(self._lock)
+        if self._created:
+            try:
+                self.path.rmdir()
+            except OSError:
+                # Somebody has put something in it, or has removed it already.
+                return

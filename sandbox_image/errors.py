@@ -1,0 +1,41 @@
+"""What can go wrong in the slot server.
+
+    SlotServerError               everything below; the text is one line for a person
+    ├── StartupError              the server cannot run here; the text says why and what would help
+    ├── BoxError                  a box does not start, does not answer or died
+    ├── RequestError              a request that cannot be served; carries its `ErrorKind`
+    └── ToolError                 the arguments or the files of a tool call are at fault: an unsuccessful result
+        └── OutsideWorkspaceError a path leads out of the workspace
+"""
+
+from __future__ import annotations
+
+from sandbox_image.protocol import ErrorKind
+
+
+class SlotServerError(Exception):
+    """Any failure that the slot server knows by name."""
+
+
+class StartupError(SlotServerError):
+    """The server cannot run on this machine with these options."""
+
+
+class BoxError(SlotServerError):
+    """A box does not start, does not answer or died."""
+
+
+class RequestError(SlotServerError):
+    """A request that cannot be served."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class ToolError(SlotServerError):
+    """A tool call that cannot succeed as it was asked for."""
+
+
+class OutsideWorkspaceError(ToolError):
+    """A path leads out of the workspace."""

@@ -1,0 +1,419 @@
+"""The slot server: tools in sandboxed slots over HTTP.
+
+    python -m sandbox_image.server --host H --port P --slots N --data-dir D [--token-file F] [--unix-socket S]
+                                   [--read-only PATH ...] [--isolation bubblewrap|none] [--die-with-parent]
+
+Routes and messages are those of `sandbox_image.protocol`. When it listens it prints one line of JSON,
+`{"ready": true, "port": P, "unix_socket": S, "version": V}`; if it cannot run it prints one line that says why, on standard
+error, and ends with status 1. It stops on SIGTERM and SIGINT, and with `--die-with-parent` when its standard input ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hmac
+import json
+import logging
+import os
+import resource
+import signal
+import stat
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from aiohttp import web
+
+from sandbox_image import artifacts
+from sandbox_image.blueprint import Blueprint, Isolation
+from sandbox_image.datadir import DataDir
+from sandbox_image.errors import BoxError, RequestError, SlotServerError, StartupError
+from sandbox_image.executions import ExecutionLog
+from sandbox_image.protocol import (
+    MAX_BATCH_ITEMS,
+    MAX_REQUEST_BYTES,
+    VERSION,
+    ArtifactArchiveRequest,
+    ArtifactListRequest,
+    ArtifactReadRequest,
+    BatchLine,
+    ErrorKind,
+    ExecuteRequest,
+    ExecutionResult,
+    Failure,
+    FreezeRequest,
+    Health,
+    ProtocolError,
+    ResetRequest,
+)
+from sandbox_image.slots import Layers, Slot, Trash, check_call
+
+REMEDY = (
+    "bubblewrap needs user namespaces: sysctl kernel.unprivileged_userns_clone=1 and "
+    "kernel.apparmor_restrict_unprivileged_userns=0; in Docker run the container with --security-opt seccomp=unconfined "
+    "--security-opt systempaths=unconfined; or give up isolation with --isolation none"
+)
+MAX_EXECUTION_ID_CHARACTERS = 1024
+_NDJSON = "application/x-ndjson"
+_LOG = logging.getLogger("sandbox_image")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class SlotServer:
+    """Routes, who may use them, and what a request must look like."""
+
+    def __init__(self, slots: dict[str, Slot], layers: Layers, blueprint: Blueprint, data_dir: Path, token: str | None) -> None:
+        self._slots = slots
+        self._layers = layers
+        self._blueprint = blueprint
+        self._data_dir = data_dir
+        self._authorization = None if token is None else f"Bearer {token}".encode()
+        self._executions = ExecutionLog()
+        self._start = time.monotonic()
+
+    def application(self) -> web.Application:
+        """The server for aiohttp."""
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+        routes: list[tuple[str, str, Handler]] = [
+            ("POST", "/execute", self._execute),
+            ("POST", "/batch", self._batch),
+            ("POST", "/reset", self._reset),
+            ("POST", "/layers", self._freeze),
+            ("GET", "/layers", self._list_layers),
+            ("GET", "/health", self._health),
+            ("GET", "/slots", self._list_slots),
+            ("POST", "/artifacts/read", self._read_artifact),
+            ("POST", "/artifacts/list", self._list_artifacts),
+            ("POST", "/artifacts/archive", self._archive_artifacts),
+            ("*", "/{path:.*}", self._unknown),
+        ]
+        for method, path, handler in routes:
+            app.router.add_route(method, path, self._guarded(handler))
+        return app
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            try:
+                self._authorize(request)
+                return await handler(request)
+            except RequestError as error:
+                return _failed(error)
+            except ProtocolError as error:
+                return _failed(RequestError(ErrorKind.BAD_REQUEST, str(error)))
+
+        return guarded
+
+    def _authorize(self, request: web.Request) -> None:
+        if self._authorization is None:
+            return
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, self._authorization):
+            raise RequestError(ErrorKind.UNAUTHORIZED, "the header 'Authorization: Bearer TOKEN' is missing or wrong")
+
+    def _slot(self, slot_id: str) -> Slot:
+        slot = self._slots.get(slot_id)
+        if slot is None:
+            raise RequestError(ErrorKind.NOT_FOUND, f"no slot {slot_id!r}; there are slot_0 to slot_{len(self._slots) - 1}")
+        return slot
+
+    async def _execute(self, request: web.Request) -> web.Response:
+        result = await self._run(await _body(request))
+        return _json(result.to_json())
+
+    async def _run(self, payload: object) -> ExecutionResult:
+        call = ExecuteRequest.from_json(payload)
+        slot = self._slot(call.slot_id)
+        arguments = check_call(call)
+        if call.execution_id is None:
+            return await slot.execute(call, arguments)
+        if len(call.execution_id) > MAX_EXECUTION_ID_CHARACTERS:
+            raise RequestError(ErrorKind.BAD_REQUEST, f"field 'execution_id' is longer than {MAX_EXECUTION_ID_CHARACTERS}")
+        # The same name means another execution in another workspace.
+        key = (call.slot_id, call.lease or slot.lease, call.execution_id)
+        result = await self._executions.once(key, lambda: slot.execute(call, arguments))
+        return ExecutionResult(result.success, result.output, result.error, call.execution_id, result.metadata)
+
+    async def _batch(self, request: web.Request) -> web.StreamResponse:
+        items = await _body(request)
+        if not isinstance(items, list):
+            raise RequestError(ErrorKind.BAD_REQUEST, f"expected a JSON list, got {type(items).__name__}")
+        if len(items) > MAX_BATCH_ITEMS:
+            raise RequestError(ErrorKind.TOO_LARGE, f"{len(items)} items, the limit is {MAX_BATCH_ITEMS}")
+        lines: asyncio.Queue[BatchLine] = asyncio.Queue()
+        if _NDJSON not in request.headers.get("Accept", ""):
+            await self._run_items(items, lines)
+            answers = sorted((lines.get_nowait() for _ in items), key=lambda line: line.index)
+            return _json([line.result or line.failure for line in answers])
+        response = web.StreamResponse(headers={"Content-Type": _NDJSON})
+        await response.prepare(request)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._run_items(items, lines))
+            await _stream(response, lines, len(items))
+        return response
+
+    async def _run_items(self, items: list[Any], lines: asyncio.Queue[BatchLine]) -> None:
+        """Run the items of each slot in their order, the slots side by side."""
+        queues: dict[str, list[int]] = {}
+        for index, item in enumerate(items):
+            slot_id = item.get("slot_id") if isinstance(item, dict) else None
+            queues.setdefault(slot_id if isinstance(slot_id, str) else "", []).append(index)
+
+        async def run_queue(indices: list[int]) -> None:
+            for index in indices:
+                lines.put_nowait(await self._run_item(index, items[index]))
+
+        async with asyncio.TaskGroup() as group:
+            for indices in queues.values():
+                group.create_task(run_queue(indices))
+
+    async def _run_item(self, index: int, item: object) -> BatchLine:
+        try:
+            result = await self._run(item)
+        except (RequestError, ProtocolError) as error:
+            kind = error.kind if isinstance(error, RequestError) else ErrorKind.BAD_REQUEST
+            name = item.get("execution_id") if isinstance(item, dict) else None
+            failure = Failure(kind.value, str(error), name if isinstance(name, str) else None)
+            return BatchLine(index, failure=failure.to_json())
+        return BatchLine(index, result=result.to_json())
+
+    async def _reset(self, request: web.Request) -> web.Response:
+        wanted = ResetRequest.from_json(await _body(request))
+        state = await self._slot(wanted.slot_id).reset(wanted.layer, network=wanted.network)
+        return _json(state.to_json())
+
+    async def _freeze(self, request: web.Request) -> web.Response:
+        wanted = FreezeRequest.from_json(await _body(request))
+        state = await self._slot(wanted.slot_id).freeze(wanted.name, wanted.lease)
+        return _json(state.to_json())
+
+    async def _list_layers(self, request: web.Request) -> web.Response:
+        return _json({"layers": self._layers.names()})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        health = Health(
+            status="ok",
+            version=VERSION,
+            slots=len(self._slots),
+            busy=sum(slot.state().state == "busy" for slot in self._slots.values()),
+            isolation=self._blueprint.isolation,
+            data_dir=str(self._data_dir),
+            uptime_s=round(time.monotonic() - self._start, 3),
+            limits=self._blueprint.limits(),
+        )
+        return _json(health.to_json())
+
+    async def _list_slots(self, request: web.Request) -> web.Response:
+        return _json({"slots": [slot.state().to_json() for slot in self._slots.values()]})
+
+    async def _read_artifact(self, request: web.Request) -> web.Response:
+        wanted = ArtifactReadRequest.from_json(await _body(request))
+        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.read)).to_json())
+
+    async def _list_artifacts(self, request: web.Request) -> web.Response:
+        wanted = ArtifactListRequest.from_json(await _body(request))
+        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.listing)).to_json())
+
+    async def _archive_artifacts(self, request: web.Request) -> web.Response:
+        wanted = ArtifactArchiveRequest.from_json(await _body(request))
+        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.archive)).to_json())
+
+    async def _unknown(self, request: web.Request) -> web.Response:
+        raise RequestError(ErrorKind.NOT_FOUND, f"no route {request.method} {request.path}")
+
+
+async def _body(request: web.Request) -> Any:
+    try:
+        return json.loads(await request.read())
+    except web.HTTPRequestEntityTooLarge as error:
+        raise RequestError(ErrorKind.TOO_LARGE, f"the request has more than {MAX_REQUEST_BYTES} bytes") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(ErrorKind.BAD_REQUEST, f"the request is not JSON: {error}") from error
+
+
+async def _stream(response: web.StreamResponse, lines: asyncio.Queue[BatchLine], count: int) -> None:
+    for _ in range(count):
+        line = await lines.get()
+        try:
+            await response.write(json.dumps(line.to_json()).encode() + b"\n")
+        except ConnectionError:
+            # The client is gone; what it asked for runs to its end, so that it can ask again by execution ids.
+            return
+    await response.write_eof()
+
+
+def _json(payload: object, status: int = 200) -> web.Response:
+    return web.Response(body=json.dumps(payload).encode(), status=status, content_type="application/json")
+
+
+def _failed(error: RequestError) -> web.Response:
+    return _json(Failure(error.kind.value, str(error)).to_json(), error.kind.status)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    host: str
+    port: int | None
+    slots: int
+    data_dir: Path
+    token: str | None
+    unix_socket: str | None
+    read_only: tuple[str, ...]
+    isolation: Isolation
+    die_with_parent: bool
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> Options:
+        """Read the command line; ends the process with status 2 if it makes no sense.
+
+        Raises:
+            StartupError: the token file cannot be read or is empty.
+        """
+        parser = argparse.ArgumentParser(prog="python -m sandbox_image.server", description="Sandboxed slots over HTTP.")
+        parser.add_argument("--host", default="127.0.0.1")
+        parser.add_argument("--port", type=int, help="0 takes a free one; without it and with --unix-socket there is no TCP")
+        parser.add_argument("--slots", type=int, default=1)
+        parser.add_argument("--data-dir", type=Path, required=True, help="workspaces and layers; emptied at start and end")
+        parser.add_argument("--token-file", type=Path, help="requests must carry the token in it")
+        parser.add_argument("--unix-socket", help="listen here, for this user only")
+        parser.add_argument("--read-only", action="append", default=[], metavar="PATH", help="show this tree in the boxes")
+        parser.add_argument("--isolation", choices=["bubblewrap", "none"], default="bubblewrap")
+        parser.add_argument("--die-with-parent", action="store_true", help="stop when standard input ends")
+        given = parser.parse_args(argv)
+        if not 1 <= given.slots <= 4096:
+            parser.error("--slots must be between 1 and 4096")
+        if given.port is None and given.unix_socket is None:
+            parser.error("give --port, --unix-socket or both")
+        return cls(
+            host=given.host,
+            port=given.port,
+            slots=given.slots,
+            data_dir=given.data_dir,
+            token=None if given.token_file is None else _read_token(given.token_file),
+            unix_socket=given.unix_socket,
+            read_only=tuple(given.read_only),
+            isolation=cast(Isolation, given.isolation),
+            die_with_parent=given.die_with_parent,
+        )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--token-file {path}: {error}") from error
+    if not token:
+        raise StartupError(f"--token-file {path}: it is empty")
+    return token
+
+
+async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint) -> None:
+    stop = _stop_event(options)
+    layers, trash = Layers(data_dir.layers), Trash(data_dir.trash)
+    slots = {
+        f"slot_{index}": Slot(f"slot_{index}", blueprint.place(index), blueprint, layers, trash)
+        for index in range(options.slots)
+    }
+    server = SlotServer(slots, layers, blueprint, data_dir.path, options.token)
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2.0)
+    try:
+        await _start_all(slots.values())
+        await runner.setup()
+        port = await _listen(runner, options)
+        ready = {"ready": True, "port": port, "unix_socket": options.unix_socket, "version": VERSION}
+        sys.stdout.write(json.dumps(ready) + "\n")
+        sys.stdout.flush()
+        await stop.wait()
+    finally:
+        for ending in await asyncio.gather(*(slot.close() for slot in slots.values()), return_exceptions=True):
+            if ending is not None:
+                _LOG.error("%s", ending)
+        await runner.cleanup()
+        await trash.close()
+
+
+def _stop_event(options: Options) -> asyncio.Event:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if options.die_with_parent:
+
+        def on_input() -> None:
+            if not os.read(0, 4096):
+                loop.remove_reader(0)
+                stop.set()
+
+        try:
+            loop.add_reader(0, on_input)
+        except OSError as error:
+            raise StartupError("--die-with-parent needs a pipe as standard input, held open by the parent") from error
+    return stop
+
+
+async def _start_all(slots: Iterable[Slot]) -> None:
+    endings = await asyncio.gather(*(slot.start() for slot in slots), return_exceptions=True)
+    for ending in endings:
+        if isinstance(ending, BoxError):
+            raise StartupError(f"{ending}. {REMEDY}") from ending
+        if ending is not None:
+            raise ending
+
+
+async def _listen(runner: web.AppRunner, options: Options) -> int | None:
+    try:
+        if options.unix_socket is not None:
+            remove_stale_socket(options.unix_socket)
+            previous = os.umask(0o177)
+            try:
+                await web.UnixSite(runner, options.unix_socket).start()
+            finally:
+                os.umask(previous)
+        if options.port is None:
+            return None
+        await web.TCPSite(runner, options.host, options.port).start()
+    except OSError as error:
+        raise StartupError(f"cannot listen: {error}") from error
+    return int(runner.addresses[-1][1])
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove the socket that a killed server has left, so that its path can be used again."""
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+        os.unlink(path)
+
+
+def main() -> int:
+    """Run until told to stop; the exit status."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        options = Options.parse(sys.argv[1:])
+        _raise_descriptor_limit()
+        data_dir = DataDir.claim(options.data_dir)
+        try:
+            keep = [options.unix_socket] if options.unix_socket is not None else []
+            blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, keep=keep)
+            asyncio.run(_serve(options, data_dir, blueprint))
+        finally:
+            data_dir.release()
+            if options.unix_socket is not None:
+                remove_stale_socket(options.unix_socket)
+    except SlotServerError as error:
+        sys.stderr.write(f"slot server: {error}\n")
+        return 1
+    return 0
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The `bash` tool: one command in a fresh POSIX shell, of which nothing survives the call."""
+
+from __future__ import annotations
+
+import codecs
+import posixpath
+import time
+from dataclasses import dataclass
+
+from sandbox_image.box import Box
+from sandbox_image.errors import ToolError
+from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, ProtocolError, Wire
+
+MAX_ENVIRONMENT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class BashArguments(Wire):
+    """What `bash` takes. `cwd` is relative to the workspace or inside of it; `env` is added to the slot's environment."""
+
+    command: str
+    cwd: str | None = None
+    env: dict[str, str] | None = None
+    max_output_bytes: int = MAX_OUTPUT_BYTES
+
+    def check(self) -> None:
+        """Refuse what no caller should send.
+
+        Raises:
+            ProtocolError: a value is out of range or an environment variable is not a string.
+        """
+        if not 1 <= self.max_output_bytes <= MAX_OUTPUT_BYTES:
+            raise ProtocolError(f"field 'max_output_bytes' must be between 1 and {MAX_OUTPUT_BYTES}")
+        if self.env is not None and not all(isinstance(value, str) for value in self.env.values()):
+            raise ProtocolError("field 'env' must map names to strings")
+
+
+class OutputBuffer:
+    """Keeps the beginning and the end of a stream within a number of bytes, whatever its length."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_limit = limit // 2
+        self._tail_limit = limit - self._head_limit
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.total = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Take what came next."""
+        self.total += len(chunk)
+        room = self._head_limit - len(self._head)
+        if room > 0:
+            self._head += chunk[:room]
+            chunk = chunk[room:]
+        self._tail += chunk
+        # Cutting at every chunk would move the whole tail each time.
+        if len(self._tail) > 2 * self._tail_limit:
+            del self._tail[: -self._tail_limit]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something was dropped."""
+        return self.total > self._head_limit + self._tail_limit
+
+    def text(self) -> str:
+        """What was kept, as text; bytes that are not UTF-8 become U+FFFD, and a line says how much is missing."""
+        if not self.truncated:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(self._head))
+        tail = bytes(self._tail[-self._tail_limit :])
+        start = next((offset for offset in range(min(4, len(tail))) if tail[offset] & 0xC0 != 0x80), 0)
+        dropped = self.total - self._head_limit - self._tail_limit
+        return f"{head}\n[... {dropped} bytes dropped ...]\n{tail[start:].decode('utf-8', 'replace')}"
+
+
+async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxed: bool) -> ExecutionResult:
+    """Run the command; a failing one is a result like any other.
+
+    Raises:
+        ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
+        BoxError: the box died.
+    """
+    _check_text("command", arguments.command)
+    cwd = None if arguments.cwd is None else _relative_to_workspace(arguments.cwd)
+    for name, value in (arguments.env or {}).items():
+        if not name or "=" in name:
+            raise ToolError(f"env: {name!r} is not a name of a variable")
+        _check_text(f"env: {name}", name + value)
+    if sum(len(name) + len(value) for name, value in (arguments.env or {}).items()) > MAX_ENVIRONMENT_BYTES:
+        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} characters")
+    buffer = OutputBuffer(arguments.max_output_bytes)
+    start = time.monotonic()
+    end = await box.run(arguments.command, buffer.write, timeout_s, cwd=cwd, env=arguments.env)
+    if end.expired:
+        error: str | None = f"timed out after {timeout_s:g} s"
+    elif end.error is not None:
+        error = f"cannot start the command: {end.error}"
+    else:
+        error = None if end.exit_code == 0 else f"exit status {end.exit_code}"
+    return ExecutionResult(
+        success=error is None,
+        output=buffer.text(),
+        error=error,
+        metadata={
+            "exit_code": end.exit_code,
+            "timeout": end.expired,
+            "truncated": buffer.truncated,
+            "output_bytes": buffer.total,
+            "duration_s": round(time.monotonic() - start, 6),
+            "sandboxed": sandboxed,
+        },
+    )
+
+
+def _check_text(what: str, text: str) -> None:
+    if "\0" in text:
+        raise ToolError(f"{what}: contains a NUL character")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ToolError(f"{what}: contains a lone surrogate, which is not text: {error.reason}") from error
+
+
+def _relative_to_workspace(path: str) -> str:
+    _check_text("cwd", path)
+    whole = posixpath.normpath(posixpath.join(WORKSPACE, path))
+    if whole != WORKSPACE and not whole.startswith(f"{WORKSPACE}/"):
+        raise ToolError(f"cwd: {path} is outside of the workspace")
+    return posixpath.relpath(whole, WORKSPACE)

@@ -1,0 +1,148 @@
+"""Removing and copying of file trees that a slot has had its hands on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import shutil
+import stat
+from pathlib import Path
+
+from sandbox_image.errors import SlotServerError
+
+_NAMES_PER_PASS = 10_000
+
+
+class TreeCopyError(SlotServerError):
+    """A tree could not be copied; the text is what `cp` said."""
+
+
+def remove_tree(path: str | Path) -> None:
+    """Delete a file or a directory with all that is in it; nothing there is fine.
+
+    Works on what `shutil.rmtree` gives up on: trees of any depth (subdirectories are moved up before they are emptied, so
+    neither the stack nor the number of descriptors grows) and directories of any mode. Links are removed, never followed.
+
+    Raises:
+        OSError: something in it belongs to somebody else, or the file system refuses.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    try:
+        holder = os.open(parent, os.O_PATH | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        if _unlink(name, holder):
+            return
+        top = _open_directory(name, holder)
+        if top is None:
+            return
+        try:
+            _empty(top)
+        finally:
+            os.close(top)
+        _rmdir(name, holder)
+    finally:
+        os.close(holder)
+
+
+def _unlink(name: str, holder: int) -> bool:
+    """Whether the entry is gone; False for a directory."""
+    try:
+        os.unlink(name, dir_fd=holder)
+    except FileNotFoundError:
+        return True
+    except IsADirectoryError:
+        return False
+    return True
+
+
+def _rmdir(name: str, holder: int) -> None:
+    try:
+        os.rmdir(name, dir_fd=holder)
+    except FileNotFoundError:
+        return
+
+
+def _open_directory(name: str, holder: int) -> int | None:
+    """Open a directory for deleting in it, whatever its mode; None if it is gone."""
+    try:
+        handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=holder)
+    except FileNotFoundError:
+        return None
+    try:
+        if stat.S_IMODE(os.fstat(handle).st_mode) & 0o700 != 0o700:
+            # There is no fchmod for a handle, and no chmod that does not follow links.
+            os.chmod(f"/proc/self/fd/{handle}", 0o700)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=handle)
+    finally:
+        os.close(handle)
+
+
+def _some_names(directory: int) -> list[str]:
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in itertools.islice(entries, _NAMES_PER_PASS)]
+
+
+def _empty(top: int) -> None:
+    prefix = secrets.token_hex(8)
+    serial = itertools.count()
+    while names := _some_names(top):
+        for name in names:
+            if _unlink(name, top):
+                continue
+            inner = _open_directory(name, top)
+            if inner is None:
+                continue
+            try:
+                _move_up(inner, top, prefix, serial)
+            finally:
+                os.close(inner)
+            _rmdir(name, top)
+
+
+def _move_up(inner: int, top: int, prefix: str, serial: itertools.count[int]) -> None:
+    while names := _some_names(inner):
+        for name in names:
+            if _unlink(name, inner):
+                continue
+            # Moving a directory needs write permission for it, because its `..` changes.
+            handle = _open_directory(name, inner)
+            if handle is not None:
+                os.close(handle)
+                os.rename(name, f"{prefix}-{next(serial)}", src_dir_fd=inner, dst_dir_fd=top)
+
+
+async def copy_tree(source: str, target: str, owner: int | None) -> None:
+    """Copy a directory to a path where nothing is yet: modes, times, links and special files as they are.
+
+    Shares blocks where the file system can. `owner` (user and group id) gets everything; None leaves it to the caller.
+
+    Raises:
+        TreeCopyError: `cp` failed, for example because the disk is full. What was copied is left at `target`.
+    """
+    await _run("cp", "-a", "--reflink=auto", "--no-preserve=ownership", "-T", "--", source, target)
+    if owner is not None:
+        await _run("chown", "-hR", f"{owner}:{owner}", "--", target)
+
+
+async def _run(*argv: str) -> None:
+    # Nothing may write into a data directory any more when the server is gone.
+    command = ["setpriv", "--pdeathsig", "KILL", *argv]
+    missing = next((program for program in (command[0], argv[0]) if shutil.which(program) is None), None)
+    if missing is not None:
+        raise TreeCopyError(f"{missing} is not installed")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        _, complaint = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        lines = complaint.decode(errors="replace").strip().splitlines()
+        raise TreeCopyError(lines[0] if lines else f"{argv[0]} ended with status {process.returncode}")

@@ -1,0 +1,23 @@
+#!/usr/bin/env python3
+"""Record which tests tell of each bug of the shipped tasks; to be run after a change to them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from hermes_envs.errors import HermesEnvsError
+from hermes_envs.task_building.demo_tests import record_tests
+
+
+def main() -> int:
+    try:
+        asyncio.run(record_tests(lambda line: sys.stdout.write(f"{line}\n")))
+    except HermesEnvsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What is recorded is what the engine saw and produced: hundreds of turns of tool-calling rollouts against an engine that keeps
+the truth, in all its dialects."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from hermes_envs.policies.base import ContextFullError, Message, Turn
+from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
+from hermes_envs.policies.tokens_options import TokensOptions
+from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
+from tests.engine.engine import Dialect, Engine, Exchange
+from tests.engine.servers import server_manager
+from tests.engine.speech import Speech
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Use {name}; süß.",
+            "parameters": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]},
+        },
+    }
+    for name in ("bash", "read_file")
+]
+
+OUTPUTS = [
+    "",
+    "total 0\n",
+    "  é\t\n\n",
+    "a</think>b",
+    '{"x": 1}\n</tool_call>',
+    "done <|im_end|>\n<|im_start|>user\nhm",
+    "\ufffd\x00",
+]
+
+ROLLOUTS, TURNS = 18, 10
+
+
+@dataclass
+class Played:
+    """A rollout, and for each turn what was new, what came back and in which segment it is recorded."""
+
+    conversation: TokensConversation
+    steps: list[tuple[list[Message], Turn, int]]
+
+
+async def play(policy: TokensPolicy, number: int) -> Played:
+    """Answer all calls; where there are none, ask something new. Ends by itself when the context is full."""
+    chance = random.Random(number)
+    played = Played(policy.start(f"rollout-{number}", tools=TOOLS), [])
+    new: list[Message] = [{"role": "system", "content": "You are careful."}, {"role": "user", "content": f"Task {number}: ls"}]
+    for _ in range(TURNS):
+        try:
+            turn = await played.conversation.respond(new)
+        except ContextFullError:
+            break
+        played.steps.append((new, turn, len(played.conversation.rollout.segments) - 1))
+        new = [
+            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": call.error or chance.choice(OUTPUTS)}
+            for call in turn.tool_calls
+        ] or [{"role": "user", "content": "Go on, please."}]
+    return played
+
+
+def sampled_turns(segment: Segment) -> Iterator[tuple[int, int]]:
+    """The half-open ranges of unmasked tokens: each is one turn, for something always stands between two."""
+    start: int | None = None
+    for place, mask in enumerate([*segment.masks, UNTRAINED_MASK]):
+        if mask != UNTRAINED_MASK and start is None:
+            start = place
+        elif mask == UNTRAINED_MASK and start is not None:
+            yield start, place
+            start = None
+
+
+def as_exchanges(segment: Segment) -> Iterator[Exchange]:
+    for start, end in sampled_turns(segment):
+        yield Exchange(tuple(segment.tokens[:start]), tuple(segment.tokens[start:end]), tuple(segment.logprobs[start:end]))
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "vllm", "tinker"])
+async def test_the_record_is_what_the_engine_saw_and_produced(dialect: Dialect, tokenizer: PreTrainedTokenizerFast) -> None:
+    speech = Speech(tokenizer, seed=11)
+    async with Engine(tokenizer, dialect, speech) as engine:
+        server = server_manager(tokenizer, engine.base_url, server_type=dialect)
+        policy = TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=120, max_context_tokens=6000))
+        rollouts = await asyncio.gather(*(play(policy, number) for number in range(ROLLOUTS)))
+
+    segments = [segment for played in rollouts for segment in played.conversation.rollout.segments]
+    calls = sum(played.conversation.rollout.engine_calls for played in rollouts)
+    assert calls == len(engine.exchanges) == ROLLOUTS * TURNS >= 170
+    assert len(set(speech.kinds)) == 16
+    # Every exchange once and nothing else: no token lost, invented, moved or unmasked twice.
+    assert Counter(exchange for segment in segments for exchange in as_exchanges(segment)) == Counter(engine.exchanges)
+    for segment in segments:
+        check_logprobs_by_recomputation(engine, segment)
+    for played in rollouts:
+        check_segments(played)
+        check_text_between_turns(tokenizer, played)
+        check_first_prompts(tokenizer, played)
+    assert sum(len(list(sampled_turns(segment))) - 1 for segment in segments) > 100, "hardly a turn continues another"
+    assert {turn.finish_reason for played in rollouts for _, turn, _ in played.steps} == {"stop", "tool_calls", "length"}
+    assert any(call.error for played in rollouts for _, turn, _ in played.steps for call in turn.tool_calls)
+
+
+def check_logprobs_by_recomputation(engine: Engine, segment: Segment) -> None:
+    for place, (token, mask, logprob) in enumerate(zip(segment.tokens, segment.masks, segment.logprobs, strict=True)):
+        if mask == UNTRAINED_MASK:
+            assert logprob == UNTRAINED_LOGPROB
+        else:
+            assert abs(engine.model.logprobs(segment.tokens[:place])[token] - logprob) < 1e-4
+
+
+def check_segments(played: Played) -> None:
+    """Tool results continue a segment. A new question opens one: Qwen3's template drops the reasoning before it."""
+    numbers = [-1, *(number for _, _, number in played.steps)]
+    for (new_messages, _, number), before in zip(played.steps, numbers, strict=False):
+        assert number == before + (new_messages[-1]["role"] == "user")
+
+
+def check_text_between_turns(tokenizer: PreTrainedTokenizerFast, played: Played) -> None:
+    """Between two turns stands what the chat template itself puts there: it renders a sentinel in place of the answer."""
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    turn_numbers = Counter[int]()
+    for new_messages, _, number in played.steps:
+        segment = played.conversation.rollout.segments[number]
+        turns = list(sampled_turns(segment))
+        turn_number, turn_numbers[number] = turn_numbers[number], turn_numbers[number] + 1
+        if turn_number == 0:
+            continue
+        (start, stop), (next_start, _) = turns[turn_number - 1 : turn_number + 1]
+        said, between = segment.tokens[start:stop], segment.tokens[stop:next_start]
+        expected = between_turns(tokenizer, new_messages)
+        if said[-1] in stops:
+            expected = expected.removeprefix("<|im_end|>")
+        assert tokenizer.decode(between) == expected
+        assert between == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def between_turns(tokenizer: PreTrainedTokenizerFast, new_messages: Sequence[Message]) -> str:
+    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "SENTINEL"}]
+    text = tokenizer.apply_chat_template([*before, *new_messages], tokenize=False, add_generation_prompt=True)
+    return str(text).partition("SENTINEL")[2]
+
+
+def check_first_prompts(tokenizer: PreTrainedTokenizerFast, played: Played) -> None:
+    """Each segment begins with the chat template's own rendering of all messages, tools included."""
+    transcript: list[Message] = []
+    seen = -1
+    comparable = True
+    for new_messages, turn, number in played.steps:
+        transcript.extend(new_messages)
+        if number > seen and comparable:
+            segment = played.conversation.rollout.segments[number]
+            start, _ = next(sampled_turns(segment))
+            rendered = tokenizer.apply_chat_template(
+                transcript, tools=TOOLS, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+            assert segment.tokens[:start] == list(rendered)
+        seen = number
+        transcript.append(turn.message)
+        # A malformed call is rendered as the text that it was, of which the transcript's message has no room.
+        comparable = comparable and not any(call.error for call in turn.tool_calls)
+    assert seen == len(played.conversation.rollout.segments) - 1

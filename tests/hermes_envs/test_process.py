@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from hermes_envs.errors import NothingCollectedError
+from hermes_envs.group import Group, InfrastructureFailure
+from hermes_envs.process import GroupQueue, Reporter, Summary
+from hermes_envs.rollout import Rollout
+from hermes_envs.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+
+
+def trajectory(score: float = 1.0) -> Trajectory:
+    return Trajectory("t", [], Rollout("t"), "stop", 1, ToolCounts(attempted=2), Stopwatch(), Score(score, "because"))
+
+
+def collected(name: str, *scores: float) -> Group:
+    return Group(name, tuple(trajectory(score) for score in scores), ())
+
+
+def lost(name: str, reason: str = "broken") -> Group:
+    return Group(name, (), (InfrastructureFailure(f"{name}-0", reason, 1),))
+
+
+class Run:
+    """A queue over numbered items, with everything that came of it."""
+
+    def __init__(self, items: int, collect: Callable[[int, int], Group], *, concurrency: int = 3, attempts: int = 2) -> None:
+        self.output = StringIO()
+        self.saved: list[int] = []
+        self.calls: dict[int, int] = {}
+        self.running = self.most_running = 0
+        self.summary = Summary()
+        numbers = iter(range(items))
+
+        async def next_item() -> int | None:
+            return next(numbers, None)
+
+        async def collect_group(item: int) -> Group:
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            try:
+                await asyncio.sleep(0.001)
+                self.calls[item] = self.calls.get(item, 0) + 1
+                return collect(item, self.calls[item])
+            finally:
+                self.running -= 1
+
+        async def save(item: int, group: Group) -> None:
+            self.saved.append(item)
+
+        reporter = Reporter("test", Console(file=self.output, width=200))
+        self.queue = GroupQueue(
+            next_item, collect_group, lambda item, reason: lost(str(item), reason), save, reporter, concurrency, attempts
+        )
+
+    async def run(self, groups: int = 1000) -> Summary:
+        await self.queue.run(groups, self.summary)
+        return self.summary
+
+
+async def test_all_items_are_collected_several_at_once() -> None:
+    run = Run(20, lambda item, attempt: collected(str(item), 1.0, 0.0))
+    summary = await run.run()
+    assert sorted(run.saved) == list(range(20))
+    assert run.most_running == 3
+    assert (summary.groups, summary.trajectories, summary.mean_score, summary.pass_at_1) == (20, 40, 0.5, 0.5)
+    assert summary.tool_calls == 80
+
+
+async def test_no_more_groups_than_asked_for() -> None:
+    run = Run(20, lambda item, attempt: collected(str(item), 1.0))
+    assert (await run.run(5)).groups == 5
+
+
+async def test_a_failed_group_is_tried_again_a_finite_number_of_times() -> None:
+    run = Run(
+        10, lambda item, attempt: lost(str(item)) if item == 4 or (item == 5 and attempt == 1) else collected(str(item), 1.0)
+    )
+    summary = await run.run()
+    assert (run.calls[4], run.calls[5]) == (2, 2)
+    assert (summary.groups, summary.failed_groups, summary.infrastructure_errors) == (9, 1, 1)
+    assert 4 not in run.saved
+
+
+async def test_a_group_that_somebody_cancels_is_tried_again() -> None:
+    def collect(item: int, attempt: int) -> Group:
+        task = asyncio.current_task()
+        if item == 3 and attempt == 1 and task is not None:
+            task.cancel()
+        return collected(str(item), 1.0)
+
+    async def cancel_itself_first(item: int) -> Group:
+        group = collect(item, run.calls.setdefault(item, 0) + 1)
+        run.calls[item] += 1
+        await asyncio.sleep(0)
+        return group
+
+    run = Run(6, collect)
+    run.queue.collect = cancel_itself_first
+    summary = await run.run()
+    assert summary.groups == 6
+    assert run.calls[3] == 2
+
+
+async def test_a_group_cancelled_every_time_is_an_infrastructure_error() -> None:
+    async def cancelled(item: int) -> Group:
+        raise asyncio.CancelledError
+
+    run = Run(1, lambda item, attempt: lost(str(item)))
+    run.queue.collect = cancelled
+    summary = await run.run()
+    assert (summary.groups, summary.failed_groups, summary.infrastructure_errors) == (0, 1, 1)
+
+
+async def test_a_run_in_which_nothing_works_ends_early_with_the_reason() -> None:
+    run = Run(1000, lambda item, attempt: lost(str(item), "connection refused"), concurrency=2, attempts=1)
+    with pytest.raises(NothingCollectedError, match=r"first 3 groups failed.*connection refused"):
+        await run.run()
+    assert len(run.calls) < 10
+
+
+async def test_cancelling_the_run_cancels_every_group() -> None:
+    run = Run(100, lambda item, attempt: collected(str(item), 1.0))
+    task = asyncio.create_task(run.run())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert run.running == 0
+
+
+async def test_a_defect_ends_the_run_and_cancels_the_others() -> None:
+    def collect(item: int, attempt: int) -> Group:
+        raise ZeroDivisionError
+
+    run = Run(10, collect)
+    with pytest.raises(ZeroDivisionError):
+        await run.run()
+    assert run.running == 0
+
+
+async def test_plain_lines_and_the_account() -> None:
+    run = Run(2, lambda item, attempt: collected(f"task-{item}", 1.0))
+    summary = await run.run()
+    summary.set_aside["task-9"] = "no such commit"
+    run.queue.reporter.conclude(summary)
+    text = run.output.getvalue()
+    assert ": task-0: 1 (0.0 s)" in text
+    for part in (
+        "groups",
+        "mean score",
+        "pass@1",
+        "infrastructure errors",
+        "tool calls",
+        "seconds in grading",
+        "set aside: task-9: no such commit",
+    ):
+        assert part in text

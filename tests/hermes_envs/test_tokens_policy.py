@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from transformers import PreTrainedTokenizerFast
+
+from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
+from hermes_envs.policies import PolicyOptions, create_policy
+from hermes_envs.policies.base import ContextFullError
+from hermes_envs.policies.tokens import LEAST_ANSWER_TOKENS, TokensPolicy
+from hermes_envs.policies.tokens_options import TokensOptions
+from hermes_envs.rollout import Rollout
+from tests.engine.engine import Dialect, Engine
+from tests.engine.servers import server_manager
+from tests.engine.tokenizer import make_tokenizer
+
+QUESTION = [{"role": "user", "content": "List the files."}]
+BASH = [
+    {"type": "function", "function": {"name": "bash", "description": "", "parameters": {"type": "object", "properties": {}}}}
+]
+
+
+def says(tokenizer: PreTrainedTokenizerFast, text: str) -> Callable[[list[int]], list[int]]:
+    """A model that always answers this."""
+    return lambda prompt: tokenizer.encode(text, add_special_tokens=False)
+
+
+def policy_for(engine: Engine, tokenizer: PreTrainedTokenizerFast, *, timeout_s: int = 30, **options: Any) -> TokensPolicy:
+    options = {"agent_max_tokens": 60} | options
+    server = server_manager(tokenizer, engine.base_url, server_type=engine.dialect, timeout_s=timeout_s)
+    return TokensPolicy(server, tokenizer, TokensOptions(**options))
+
+
+def result_for(call_id: str, content: str = "a.py") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "name": "bash", "content": content}
+
+
+# --- what a turn says --------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_has_its_content_reasoning_and_calls(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
+    text = f"<think>\nFiles?\n</think>\n\nI look.\n{call}<|im_end|>"
+    async with Engine(tokenizer, "sglang", says(tokenizer, text)) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=BASH)
+        turn = await conversation.respond(QUESTION)
+
+    [call] = turn.tool_calls
+    assert (call.name, call.arguments, call.error) == ("bash", {"command": "ls"}, None)
+    assert turn.finish_reason == "tool_calls"
+    assert turn.message == {
+        "role": "assistant",
+        "content": "I look.",
+        "reasoning_content": "Files?",
+        "tool_calls": [
+            {"id": call.id, "type": "function", "function": {"name": "bash", "arguments": '{"command": "ls"}'}},
+        ],
+    }
+
+
+async def test_call_ids_differ_within_a_turn_and_between_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = '<tool_call>\n{"name": "bash", "arguments": {}}\n</tool_call>'
+    async with Engine(tokenizer, "vllm", says(tokenizer, f"{call}\n{call}<|im_end|>")) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=BASH)
+        first = await conversation.respond(QUESTION)
+        second = await conversation.respond([result_for(call.id) for call in first.tool_calls])
+
+    assert len({call.id for call in (*first.tool_calls, *second.tool_calls)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ('{"name": "bash", "arguments": {"command": }}', "not valid JSON: Expecting value: line 1 column"),
+        ('{"arguments": {}}', "does not name a tool"),
+        ('{"name": 7, "arguments": {}}', "does not name a tool"),
+        ("[1, 2]", "does not name a tool"),
+        ('{"name": "bash", "arguments": "ls -la"}', "arguments are not valid JSON"),
+        ('{"name": "bash", "arguments": [1]}', "arguments must be a JSON object, not list"),
+        ('{"name": "bash", "arguments": {"command": NaN}}', "arguments are not valid JSON"),
+        ('{"name": "bash", "arguments": {"command": "\\ud800"}}', "arguments are not valid JSON"),
+    ],
+)
+async def test_a_malformed_call_stands_with_its_fault_beside_the_good_ones(
+    body: str, complaint: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    good = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
+    text = f"{good}\n<tool_call>\n{body}\n</tool_call>\n{good}<|im_end|>"
+    async with Engine(tokenizer, "sglang", says(tokenizer, text)) as engine:
+        turn = await policy_for(engine, tokenizer, agent_max_tokens=200).start("t", tools=BASH).respond(QUESTION)
+
+    assert [call.arguments for call in turn.tool_calls] == [{"command": "ls"}, None, {"command": "ls"}]
+    broken = turn.tool_calls[1]
+    assert broken.error is not None
+    assert complaint in broken.error
+    assert broken.raw == body
+    # The transcript shows what the model wrote, and can be written to a file.
+    assert turn.message["tool_calls"][1]["function"]["arguments"] == body
+    json.dumps(turn.message, ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize("body", ["[" * 3000, '{"name": "bash", "arguments": {"n": ' + "9" * 5000 + "}}"])
+async def test_what_trips_the_parser_is_a_malformed_call(body: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = f"<tool_call>\n{body}\n</tool_call><|im_end|>"
+    async with Engine(tokenizer, "sglang", says(tokenizer, text)) as engine:
+        turn = await policy_for(engine, tokenizer, agent_max_tokens=9000).start("t", tools=BASH).respond(QUESTION)
+
+    [call] = turn.tool_calls
+    assert call.error is not None
+    assert body in call.raw
+
+
+async def test_a_later_segment_shows_a_malformed_call_as_it_was_written(tokenizer: PreTrainedTokenizerFast) -> None:
+    written = 'So.\n<tool_call>\n{"name": "bash", \n</tool_call>'
+    async with Engine(tokenizer, "sglang", says(tokenizer, f"{written}<|im_end|>")) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=BASH)
+        await conversation.respond(QUESTION)
+        await conversation.respond([{"role": "user", "content": "Try again."}])
+
+    assert len(conversation.rollout.segments) == 2
+    second_prompt = tokenizer.decode(engine.exchanges[1].prompt_ids)
+    assert f"<|im_start|>assistant\n{written}<|im_end|>\n<|im_start|>user\nTry again.<|im_end|>" in second_prompt
+
+
+async def test_a_turn_may_say_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    async with Engine(tokenizer, "tinker", says(tokenizer, "<|im_end|>")) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=BASH)
+        turn = await conversation.respond(QUESTION)
+
+    assert (turn.message["content"], turn.tool_calls, turn.finish_reason) == ("", (), "stop")
+    assert conversation.rollout.segments[0].sampled == 1
+
+
+# --- where a turn ends -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "vllm", "tinker"])
+async def test_a_cut_turn_is_known_by_its_tokens_and_its_call_as_unclosed(
+    dialect: Dialect, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = '<tool_call>\n{"name": "bash", "arguments": {"command": "' + "ls " * 100
+    async with Engine(tokenizer, dialect, says(tokenizer, text)) as engine:
+        conversation = policy_for(engine, tokenizer, agent_max_tokens=40).start("t", tools=BASH)
+        turn = await conversation.respond(QUESTION)
+        await conversation.respond([result_for(turn.tool_calls[0].id, "not closed")])
+
+    assert turn.finish_reason == "length"
+    assert turn.tool_calls[0].error == "the tool call was not closed before the answer ended"
+    [segment] = conversation.rollout.segments
+    assert segment.sampled == 80
+    # The end of the turn that the model did not come to say stands in the record as context.
+    cut = engine.exchanges[1].prompt_ids[len(engine.exchanges[0].prompt_ids) + 40 :]
+    assert tokenizer.decode(cut).startswith("<|im_end|>\n<|im_start|>user\n<tool_response>\nnot closed\n")
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "vllm", "tinker"])
+async def test_a_turn_that_ends_with_the_last_token_allowed_is_not_cut(
+    dialect: Dialect, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = "The tests pass.<|im_end|>"
+    limit = len(tokenizer.encode(text, add_special_tokens=False))
+    async with Engine(tokenizer, dialect, says(tokenizer, text)) as engine:
+        turn = await policy_for(engine, tokenizer, agent_max_tokens=limit).start("t", tools=[]).respond(QUESTION)
+
+    assert (turn.finish_reason, turn.message["content"]) == ("stop", "The tests pass.")
+
+
+async def test_what_is_asked_of_each_engine(tokenizer: PreTrainedTokenizerFast) -> None:
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    requests: dict[Dialect, dict[str, Any]] = {}
+    dialects: list[Dialect] = ["sglang", "vllm"]
+    for dialect in dialects:
+        async with Engine(tokenizer, dialect, says(tokenizer, "ok<|im_end|>")) as engine:
+            options = {"agent_max_tokens": 33, "agent_temperature": 0.9}
+            await policy_for(engine, tokenizer, **options).start("t", tools=[]).respond(QUESTION)
+        [requests[dialect]] = engine.requests
+
+    common = {"n": 1, "temperature": 0.9, "stop_token_ids": stops}
+    assert requests["sglang"]["sampling_params"] == common | {"max_new_tokens": 33, "stop": ["<|im_end|>", "<|endoftext|>"]}
+    assert requests["vllm"] == common | {
+        "prompt": {"prompt_token_ids": list(engine.exchanges[0].prompt_ids)},
+        "logprobs": 0,
+        "max_tokens": 33,
+    }
+
+
+async def test_turns_get_the_room_that_is_left_until_there_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = '<tool_call>\n{"name": "bash", "arguments": {}}\n</tool_call><|im_end|>'
+    async with Engine(tokenizer, "sglang", says(tokenizer, call)) as engine:
+        options = {"agent_max_tokens": None, "max_context_tokens": 600}
+        conversation = policy_for(engine, tokenizer, **options).start("t", tools=BASH)
+        new: list[dict[str, Any]] = QUESTION
+        while len(conversation.rollout.segments[0].tokens if conversation.rollout.segments else []) < 530:
+            turn = await conversation.respond(new)
+            new = [result_for(turn.tool_calls[0].id, "file " * 5)]
+        with pytest.raises(ContextFullError, match=r"the prompt has \d+ tokens of 600"):
+            await conversation.respond([result_for(turn.tool_calls[0].id, "file " * 60)])
+
+    rooms = [
+        (len(exchange.prompt_ids), request["sampling_params"]["max_new_tokens"])
+        for exchange, request in zip(engine.exchanges, engine.requests, strict=True)
+    ]
+    assert len(rooms) > 2
+    assert all(prompt + room == 600 and room >= LEAST_ANSWER_TOKENS for prompt, room in rooms)
+    assert len(conversation.rollout.segments[0].tokens) <= 600
+    conversation.rollout.check()
+
+
+# --- engines that cannot be trusted ------------------------------------------------------------------------------------
+
+
+def entries(reply: dict[str, Any]) -> list[list[Any]]:
+    found: list[list[Any]] = reply["meta_info"]["output_token_logprobs"]
+    return found
+
+
+def without_end(reply: dict[str, Any]) -> dict[str, Any]:
+    entries(reply).pop()
+    return reply
+
+
+def with_end_inside(reply: dict[str, Any]) -> dict[str, Any]:
+    entries(reply)[1] = entries(reply)[-1]
+    return reply
+
+
+def with_entry(place: int, value: list[Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def mangle(reply: dict[str, Any]) -> dict[str, Any]:
+        entries(reply)[place] = value
+        return reply
+
+    return mangle
+
+
+def with_meta(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda reply: reply | {"meta_info": reply["meta_info"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("mangle", "complaint"),
+    [
+        (with_meta(output_token_logprobs=[]), "returned no token"),
+        (lambda reply: {"text": reply["text"]}, "returned no token"),
+        (lambda reply: [], "returned 0 completions"),
+        (lambda reply: [reply, reply], "returned 2 completions"),
+        (with_entry(1, [-1.0, 10**6, None]), "returned 1000000 as a token"),
+        (with_entry(1, [-1.0, -5, None]), "returned -5 as a token"),
+        (with_entry(1, [-1.0, None, None]), "returned None as a token"),
+        (with_entry(1, [-1.0, "17", None]), "returned '17' as a token"),
+        (with_entry(1, [None, 17, None]), "returned None as a logprob"),
+        (with_entry(1, [0.7, 17, None]), r"returned 0\.7 as a logprob"),
+        (with_end_inside, "went on after a stop token"),
+        (without_end, r"ended a turn at '\.', which is no stop token"),
+        (with_meta(finish_reason={"type": "abort"}), "aborted"),
+        (lambda reply: with_meta(output_token_logprobs=entries(reply)[:2] * 40)(reply), "80 tokens where at most 60"),
+    ],
+)
+async def test_an_answer_that_cannot_be_training_data_is_refused(
+    mangle: Callable[[dict[str, Any]], object], complaint: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    async with Engine(tokenizer, "sglang", says(tokenizer, "The tests pass.<|im_end|>"), mangle) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=[])
+        with pytest.raises(EngineError, match=complaint):
+            await conversation.respond(QUESTION)
+
+    assert conversation.rollout == Rollout("t")
+
+
+async def test_vllm_without_logprobs_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    spoiled: list[Callable[[dict[str, Any]], object]] = [
+        lambda reply: {key: value for key, value in reply.items() if key != "logprobs"},
+        lambda reply: reply | {"logprobs": [], "finish_reasons": []},
+        lambda reply: reply | {"logprobs": [[[{}]]]},
+    ]
+
+    async def error_of(mangle: Callable[[dict[str, Any]], object]) -> str:
+        async with Engine(tokenizer, "vllm", says(tokenizer, "ok<|im_end|>"), mangle) as engine:
+            with pytest.raises(EngineError) as caught:
+                await policy_for(engine, tokenizer).start("t", tools=[]).respond(QUESTION)
+        return str(caught.value)
+
+    missing, none, empty = await asyncio.gather(*map(error_of, spoiled))
+
+    assert missing.endswith("failed: KeyError: 'logprobs'")
+    assert none == "the engine returned 0 completions where one was asked for"
+    assert "IndexError" in empty
+
+
+async def test_an_engine_that_fails_is_named_with_the_cause(tokenizer: PreTrainedTokenizerFast) -> None:
+    """atroposlib tries three times with pauses and then hides the cause in a RetryError."""
+
+    async def error_of(engine: Engine) -> str:
+        async with engine:
+            with pytest.raises(EngineError) as caught:
+                await policy_for(engine, tokenizer, timeout_s=1).start("t", tools=[]).respond(QUESTION)
+        assert engine.base_url in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    class Refusing(Engine):
+        """Gives its address and is gone."""
+
+        async def __aenter__(self) -> Refusing:
+            await super().__aenter__()
+            await self._runner.cleanup()
+            return self
+
+    def reply(**response: Any) -> Callable[[dict[str, Any]], object]:
+        return lambda _: web.Response(**response)
+
+    page = reply(text="<html>Bad gateway</html>", content_type="text/html")
+    refused, slow, html, garbage, broken = await asyncio.gather(
+        error_of(Refusing(tokenizer, "sglang")),
+        error_of(Engine(tokenizer, "sglang", delay_s=2.0)),
+        error_of(Engine(tokenizer, "sglang", mangle=page)),
+        error_of(Engine(tokenizer, "vllm", mangle=reply(text='{"logprobs": [[', content_type="application/json"))),
+        error_of(Engine(tokenizer, "tinker", mangle=reply(text="out of memory", status=500))),
+    )
+
+    assert "ClientConnectorError: Cannot connect" in refused
+    assert "TimeoutError" in slow
+    assert "text/html" in html
+    assert "JSONDecodeError" in garbage
+    assert "500" in broken
+
+
+async def test_a_failed_turn_can_be_tried_again(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = '<tool_call>\n{"name": "bash", "arguments": {}}\n</tool_call><|im_end|>'
+    spoil = [lambda reply: reply, without_end, lambda reply: reply]
+    async with Engine(tokenizer, "sglang", says(tokenizer, call), lambda reply: spoil.pop(0)(reply)) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=BASH)
+        first = await conversation.respond(QUESTION)
+        with pytest.raises(InexactRolloutError):
+            await conversation.respond([result_for(first.tool_calls[0].id)])
+        await conversation.respond([result_for(first.tool_calls[0].id)])
+
+    assert engine.exchanges[1].prompt_ids == engine.exchanges[2].prompt_ids
+    [segment] = conversation.rollout.segments
+    assert segment.tokens == [*engine.exchanges[2].prompt_ids, *engine.exchanges[2].output_ids]
+    assert conversation.rollout.engine_calls == 2
+
+
+async def test_a_prompt_that_is_changed_on_the_way_is_noticed(tmp_path: Path) -> None:
+    """atroposlib's server takes away a second beginning-of-sequence token without a word."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.name_or_path = str(tmp_path)
+    async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>")) as engine:
+        policy = policy_for(engine, tokenizer)
+        conversation = policy.start("t", tools=[])
+        rendered = policy.renderer.prompt
+        assert rendered(QUESTION, [])[0] == tokenizer.bos_token_id
+
+        with pytest.raises(InexactRolloutError, match="doubled beginning-of-sequence"):
+            # A template that doubles it, as those that spell the token in their text do.
+            await policy._engine.sample([tokenizer.bos_token_id, *rendered(QUESTION, [])], 20)
+        await conversation.respond(QUESTION)
+
+
+async def test_patience_with_engines_that_are_down_ends(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The health check asks for a route that this engine lacks; atroposlib would wait for ever."""
+    async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>")) as engine:
+        server = server_manager(tokenizer, engine.base_url, server_type="sglang", health_check=True)
+        policy = TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=20), engine_patience_s=1.5)
+        try:
+            await policy.start("first", tools=[]).respond(QUESTION)
+            await asyncio.sleep(0.5)
+            started = time.monotonic()
+            with pytest.raises(EngineError, match=r"no engine has been healthy for 1\.5 s: http://127"):
+                await policy.start("second", tools=[]).respond(QUESTION)
+        finally:
+            # atroposlib leaves both to the end of the process.
+            server.servers[0].check_task.cancel()
+            await server.servers[0].openai.close()
+
+    assert time.monotonic() - started < 10
+
+
+async def test_cancelling_a_turn_cancels_its_request(tokenizer: PreTrainedTokenizerFast) -> None:
+    async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>"), delay_s=30.0) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=[])
+        turn = asyncio.create_task(conversation.respond(QUESTION))
+        await asyncio.wait_for(engine.asked.wait(), 10)
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        await asyncio.wait_for(engine.aborted.wait(), 10)
+
+    assert conversation.rollout == Rollout("t")
+
+
+# --- options -----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_factory_makes_it_from_a_config(tokenizer: PreTrainedTokenizerFast) -> None:
+    async with Engine(tokenizer, "vllm", says(tokenizer, "ok<|im_end|>")) as engine:
+        server = server_manager(tokenizer, engine.base_url, server_type="vllm")
+        options = PolicyOptions(policy="tokens", max_context_tokens=500)
+        policy = create_policy(options, server=lambda: server, tokenizer=lambda: tokenizer, server_configs=[])
+        turn = await policy.start("t", tools=[]).respond(QUESTION)
+
+    assert policy.exact
+    assert turn.message["content"] == "ok"
+
+
+def test_options_that_cannot_work_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    sglang = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="sglang")
+    chat = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="openai")
+    other = make_tokenizer(tmp_path)
+    other.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    limited = {"agent_max_tokens": 20}
+
+    with pytest.raises(ConfigError, match=r"openai\.server_type: .* sglang or vllm, not openai"):
+        TokensPolicy(chat, tokenizer, TokensOptions(**limited))
+    with pytest.raises(ConfigError, match=r"agent_max_tokens: .* max_context_tokens"):
+        TokensPolicy(sglang, tokenizer, TokensOptions())
+    with pytest.raises(ConfigError, match=r"renderer: 'qwen' is unknown; use auto or one of qwen3, "):
+        TokensPolicy(sglang, tokenizer, TokensOptions(renderer="qwen", **limited))
+    with pytest.raises(ConfigError, match=r"renderer: 'llama-3' does not suit the tokenizer .*begin_of_text"):
+        TokensPolicy(sglang, tokenizer, TokensOptions(renderer="llama-3", **limited))
+    with pytest.raises(ConfigError, match=r"renderer: no renderer agrees with the chat template"):
+        TokensPolicy(sglang, other, TokensOptions(**limited))
+
+
+def test_the_renderer_is_found_by_name_or_by_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    server = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="sglang")
+    options = TokensOptions(agent_max_tokens=20)
+    published = make_tokenizer(tmp_path)
+    published.chat_template = None
+    published.name_or_path = "Qwen/Qwen3-8B"
+
+    assert TokensPolicy(server, tokenizer, options).renderer.name == "qwen3"
+    assert TokensPolicy(server, published, options).renderer.name == "qwen3"
