@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -44,7 +45,6 @@ from sandbox_image.protocol import (
 )
 
 TIMEOUT_MARGIN_S = 15.0
-"""What the server gets on top of a tool's own timeout before a call counts as unanswered."""
 CONTROL_TIMEOUT_S = 120.0
 FREEZE_TIMEOUT_S = 600.0
 CONNECT_RETRIES_S = (0.05, 0.2, 0.5)
@@ -56,6 +56,7 @@ _RESULT_BYTES = _JSON_ESCAPE * MAX_FILE_BYTES + _MESSAGE_BYTES
 _ENTRY_BYTES = _JSON_ESCAPE * 4096 + 200
 _LISTING_BYTES = 256 << 20
 
+_PIECEWISE_ABOVE_BYTES = 1 << 18
 _STREAMED = {"Accept": "application/x-ndjson"}
 
 Answer = TypeVar("Answer")
@@ -69,8 +70,9 @@ class _ConnectionLostError(SandboxUnavailableError):
     """The connection broke after the request may have been read."""
 
 
-def _unanswered(call: EncodedCall) -> ExecutionTimeoutError:
-    return ExecutionTimeoutError(f"no answer within the tool's timeout of {call.timeout_s:g} s plus {TIMEOUT_MARGIN_S:g} s")
+def _in_pieces(body: bytes | None) -> bytes | BytesIO | None:
+    """aiohttp writes bytes in one go, which holds the loop up when there are many."""
+    return BytesIO(body) if body is not None and len(body) > _PIECEWISE_ABOVE_BYTES else body
 
 
 def _broken(error: aiohttp.ClientError) -> SandboxError:
@@ -133,7 +135,7 @@ def _deadlines(calls: Sequence[EncodedCall], start: float) -> list[float]:
     deadlines = []
     for call in calls:
         ends[call.slot_id] = ends.get(call.slot_id, start) + call.timeout_s
-        deadlines.append(ends[call.slot_id] + TIMEOUT_MARGIN_S)
+        deadlines.append(ends[call.slot_id])
     return deadlines
 
 
@@ -146,8 +148,18 @@ class SlotServerClient:
     the protocol, or the server calls the request malformed) and what it names itself; nothing else.
     """
 
-    def __init__(self, *, url: str | None = None, token: str | None = None, unix_socket: Path | None = None) -> None:
-        """`url` like `http://host:port`, or `unix_socket`; exactly one of them. Needs a running event loop."""
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        token: str | None = None,
+        unix_socket: Path | None = None,
+        timeout_margin_s: float = TIMEOUT_MARGIN_S,
+    ) -> None:
+        """`url` like `http://host:port`, or `unix_socket`; exactly one of them. Needs a running event loop.
+
+        `timeout_margin_s` is what the server gets on top of a tool's own timeout before a call counts as unanswered.
+        """
         if (url is None) == (unix_socket is None):
             raise ValueError("exactly one of url and unix_socket is needed")
         connector: aiohttp.BaseConnector
@@ -155,6 +167,7 @@ class SlotServerClient:
             connector = aiohttp.UnixConnector(str(unix_socket), limit=0)
         else:
             connector = aiohttp.TCPConnector(limit=0)
+        self._margin_s = timeout_margin_s
         # A URL needs a host; over a unix socket it is not looked at.
         self._url = (url or "http://slot-server").rstrip("/")
         headers = {"Content-Type": "application/json"}
@@ -183,22 +196,22 @@ class SlotServerClient:
         """Run one tool. A call with an `execution_id` is asked for again, once, if the connection breaks.
 
         Raises:
-            ExecutionTimeoutError: no answer within the tool's timeout plus `TIMEOUT_MARGIN_S`.
+            ExecutionTimeoutError: no answer within the tool's timeout plus the margin.
         """
         try:
-            async with asyncio.timeout(call.timeout_s + TIMEOUT_MARGIN_S):
+            async with asyncio.timeout(call.timeout_s + self._margin_s):
                 answer = await self._request(
                     "POST", "/execute", call.body, limit=_RESULT_BYTES, repeatable=call.execution_id is not None
                 )
         except TimeoutError:
-            raise _unanswered(call) from None
+            raise self._unanswered(call) from None
         return read_result(call, answer)
 
     async def execute_many(self, calls: Sequence[EncodedCall], deliver: Callable[[int, Outcome], None]) -> None:
         """Run calls together; `deliver(index, outcome)` is called once for each, as soon as its outcome is known.
 
         All calls need an `execution_id`. Those of one slot run one after another: each has its own timeout plus
-        `TIMEOUT_MARGIN_S`, counted from where the one before has to end. A batch that is refused as malformed is sent again
+        the margin, counted from where the one before has to end. A batch that is refused as malformed is sent again
         call by call, so that only the bad one suffers.
 
         Raises:
@@ -212,18 +225,18 @@ class SlotServerClient:
                 deliver(index, outcome)
 
         def expire(index: int) -> None:
-            settle(index, _unanswered(calls[index]))
+            settle(index, self._unanswered(calls[index]))
             if not pending:
                 scope.reschedule(loop.time())
 
-        deadlines = _deadlines(calls, loop.time())
+        deadlines = _deadlines(calls, loop.time() + self._margin_s)
         timers = [loop.call_at(deadline, expire, index) for index, deadline in enumerate(deadlines)]
         try:
             async with asyncio.timeout_at(max(deadlines)) as scope:
                 await self._deliver(pending, settle)
         except TimeoutError:
             for index, call in list(pending.items()):
-                settle(index, _unanswered(call))
+                settle(index, self._unanswered(call))
         finally:
             for timer in timers:
                 timer.cancel()
@@ -272,6 +285,9 @@ class SlotServerClient:
         limit = 2 * request.max_bytes + _MESSAGE_BYTES
         answer = await self._control("/artifacts/archive", request, limit=limit, repeatable=True, artifact=True)
         return read_message(ArtifactArchive, answer)
+
+    def _unanswered(self, call: EncodedCall) -> ExecutionTimeoutError:
+        return ExecutionTimeoutError(f"no answer within the tool's timeout of {call.timeout_s:g} s plus {self._margin_s:g} s")
 
     async def _control(
         self,
@@ -340,7 +356,7 @@ class SlotServerClient:
             raise SandboxUnavailableError("the connection to the slot server was closed")
         try:
             async with self._session.request(
-                method, self._url + route, data=body, headers=headers, allow_redirects=False
+                method, self._url + route, data=_in_pieces(body), headers=headers, allow_redirects=False
             ) as response:
                 yield response
         except aiohttp.ClientError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -31,9 +32,10 @@ _log = logging.getLogger(__name__)
 
 
 class LocalServer:
-    """A running slot server in a directory of its own, reached over a unix socket that only this user can open.
+    """A running slot server in a directory of its own, reached over a unix socket in it that only this user can open.
 
-    The server ends, and removes its directory, when its standard input does: however this process dies, nothing stays behind.
+    The server makes the directory, and ends and removes it when its standard input ends: however this process dies, nothing
+    stays behind.
     """
 
     def __init__(self, directory: Path, process: Process) -> None:
@@ -56,7 +58,7 @@ class LocalServer:
             BackendConfigError: the server refuses to run here; the text is its own reason and remedy.
             SandboxUnavailableError: it does not get ready in time.
         """
-        directory = _make_directory(parent)
+        directory = _choose_directory(parent)
         try:
             process = await asyncio.create_subprocess_exec(
                 # -P: nothing is imported from the current directory.
@@ -135,21 +137,14 @@ class LocalServer:
 
 
 def _socket(directory: Path) -> Path:
-    return directory / "control" / "socket"
+    return directory / "socket"
 
 
-def _make_directory(parent: str | None) -> Path:
-    """A directory for one server. Users of slots may have to pass through it; what is in `control` is for this user alone."""
-    where = parent or tempfile.gettempdir()
-    try:
-        os.makedirs(where, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix="hermes-envs-", dir=where)).resolve()
-        directory.chmod(0o711)
-        (directory / "control").mkdir(mode=0o700)
-    except OSError as error:
-        raise BackendConfigError(f"local_data_dir: no directory can be made in {where}: {error.strerror}") from error
+def _choose_directory(parent: str | None) -> Path:
+    """A path for the directory of one server, at which nothing is yet."""
+    where = Path(parent or tempfile.gettempdir()).resolve()
+    directory = where / f"hermes-envs-{secrets.token_hex(6)}"
     if len(os.fsencode(_socket(directory))) > _MAX_SOCKET_PATH:
-        remove_tree(directory)
         raise BackendConfigError(
             f"local_data_dir: {where} is too long for a unix socket below it, which has {_MAX_SOCKET_PATH} bytes for its path"
         )

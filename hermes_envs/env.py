@@ -23,6 +23,7 @@ from backends.base import Layer, ToolBackend
 from backends.errors import SandboxError
 from hermes_envs import command_line
 from hermes_envs.agent import Agent, AgentOptions
+from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, usable_endpoints
 from hermes_envs.errors import ConfigError, EngineError, EnvironmentBuildError, HermesEnvsError, NothingCollectedError
 from hermes_envs.group import Group, InfrastructureFailure
 from hermes_envs.html_report import write_html_report
@@ -36,9 +37,6 @@ from hermes_envs.trajectory import Score, Stopwatch, Trajectory
 from hermes_envs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-PLACEHOLDER_TOKENIZER = Path(__file__).parent / "placeholder_tokenizer"
-"""A tokenizer of bytes for runs whose policy has no tokens: atroposlib loads one in its constructor, from a hub if need be."""
 
 
 def _split_at_commas(value: object) -> object:
@@ -102,20 +100,16 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         slurm: bool = False,
         testing: bool = False,
     ) -> None:
-        self._check_endpoint(config, server_configs)
-        uses_tokens = config.policy == "tokens"
-        super().__init__(
-            config if uses_tokens else config.model_copy(update={"tokenizer_name": str(PLACEHOLDER_TOKENIZER)}),
-            server_configs,
-            slurm=slurm,
-            testing=testing,
-        )
+        self._servers = usable_endpoints(config.policy, server_configs)
+        if config.policy != "tokens":
+            config = config.model_copy(update={"tokenizer_name": str(PLACEHOLDER_TOKENIZER)})
+            self.server_cls = UnusedServer
+        super().__init__(config, self._servers, slurm=slurm, testing=testing)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         self.summary = Summary()
         self.process_mode = False
         self.n_groups_to_process = 0
         self.group_size_to_process = config.group_size
-        self._servers = server_configs if isinstance(server_configs, list) else []
 
     @classmethod
     def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
@@ -282,7 +276,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         self.config.group_size = self.group_size_to_process
         # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
         self.max_token_len = self.config.max_token_length
-        self._flush_every_group()
+        self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
         reporter = Reporter(self.name or type(self).__name__)
         try:
             async with self.running():
@@ -313,20 +307,3 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         data = await self.postprocess_histories(group.scored_data())
         await self.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
         await self.wandb_log()
-
-    def _flush_every_group(self) -> None:
-        """What is collected survives whatever ends the run; atroposlib's writer keeps groups in memory."""
-        self.jsonl_writer.close()
-        self.jsonl_writer = jsonlines.open(self.config.data_path_to_save_groups, "w", flush=True)
-
-    @staticmethod
-    def _check_endpoint(config: AgentEnvConfig, server_configs: ServerBaseline | list[APIServerConfig]) -> None:
-        """Refuse to start without an engine when the policy needs one: guessing a server would be a silent fallback."""
-        if config.policy in ("oracle", "nop"):
-            return
-        configs = server_configs if isinstance(server_configs, list) else []
-        if not configs or not all(server.base_url for server in configs):
-            raise ConfigError(
-                f"openai.base_url: no inference endpoint is configured, and policy {config.policy!r} needs one: pass "
-                "--openai.base_url URL --openai.model_name NAME, or try scripts/demo, which needs no model"
-            )

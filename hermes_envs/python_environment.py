@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from backends.base import Layer, Slot, ToolBackend
 from hermes_envs.errors import EnvironmentBuildError
 from hermes_envs.repository import Snapshot
-from hermes_envs.workspace import Workspace
+from hermes_envs.workspace import Workspace, explain
 from sandbox_image.protocol import WORKSPACE
 
 REPOSITORY = f"{WORKSPACE}/repo"
@@ -62,7 +62,7 @@ class PythonEnvironment:
     async def _build(self, workspace: Workspace) -> None:
         """Raises `EnvironmentBuildError` with the end of the failing command's output."""
         await checkout(workspace, self.snapshot)
-        await self._write(workspace, f"{_SCRATCH}/test_tools.tar", await asyncio.to_thread(pack_test_tools))
+        await self._write(workspace, f"{_SCRATCH}/test_tools.tar.gz", await asyncio.to_thread(pack_test_tools))
         for wheel in self.wheels:
             await self._write(workspace, f"{_SCRATCH}/wheels/{wheel.name}", await asyncio.to_thread(wheel.read_bytes))
         await self._run(workspace, _MAKE_ENVIRONMENT)
@@ -76,16 +76,14 @@ class PythonEnvironment:
     async def _write(self, workspace: Workspace, path: str, content: bytes) -> None:
         written = await workspace.write(path, content)
         if not written.success:
-            raise EnvironmentBuildError(f"cannot write {path}: {written.error}")
+            raise EnvironmentBuildError(f"cannot write {path}: {explain(written)}")
 
     async def _run(
         self, workspace: Workspace, command: str, *, cwd: str = WORKSPACE, env: dict[str, str] | None = None
     ) -> None:
         result = await workspace.run(command, cwd=cwd, env=env, timeout_s=self.timeout_s)
         if not result.success:
-            last = (result.output.strip().splitlines() or [""])[-1]
-            reason = result.error or f"exit code {result.metadata.get('exit_code')}"
-            raise EnvironmentBuildError(f"{command.splitlines()[-1]!r} failed: {reason}: {last[:500]}")
+            raise EnvironmentBuildError(f"{command.splitlines()[-1]!r} failed: {explain(result)}")
 
 
 async def checkout(workspace: Workspace, snapshot: Snapshot) -> None:
@@ -97,10 +95,10 @@ async def checkout(workspace: Workspace, snapshot: Snapshot) -> None:
     bundle = f"{WORKSPACE}/.snapshot.bundle"
     written = await workspace.write(bundle, snapshot.bundle)
     if not written.success:
-        raise EnvironmentBuildError(f"cannot write the repository: {written.error}")
+        raise EnvironmentBuildError(f"cannot write the repository: {explain(written)}")
     result = await workspace.run(f"{clone_command(bundle, REPOSITORY)} && rm {bundle}")
     if not result.success:
-        raise EnvironmentBuildError(f"cannot check the repository out: {result.error or result.output.strip()[-500:]}")
+        raise EnvironmentBuildError(f"cannot check the repository out: {explain(result)}")
 
 
 def clone_command(bundle: str, directory: str, *options: str) -> str:
@@ -113,7 +111,7 @@ _MAKE_ENVIRONMENT = f"""
 set -e
 python3 -m venv --without-pip {VIRTUAL_ENVIRONMENT}
 site_packages=$({PYTHON} -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-tar -xf {_SCRATCH}/test_tools.tar -C "$site_packages"
+tar -xzf {_SCRATCH}/test_tools.tar.gz -C "$site_packages"
 printf '%s\\n' {REPOSITORY}/src {REPOSITORY} > "$site_packages/task_repository.pth"
 """
 
@@ -142,9 +140,9 @@ def _test_tools_digest() -> Sequence[str]:
 
 @cache
 def pack_test_tools() -> bytes:
-    """A tar archive to unpack into a site-packages folder."""
+    """A compressed tar archive to unpack into a site-packages folder."""
     archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=6) as tar:
         for distribution in _test_tools_distributions():
             for file in distribution.files or ():
                 if ".." not in file.parts and "__pycache__" not in file.parts:

@@ -39,3 +39,9 @@ class Workspace:
     async def reset(self, layer: Layer | None) -> None:
         """Kill everything in the slot and start again from the layer."""
         await self.backend.reset(self.slot, layer=layer)
+
+
+def explain(result: ExecutionResult) -> str:
+    """Why a command failed, in one line: what the server says of it, and the last thing that it said itself."""
+    said = result.output.strip().splitlines()
+    return ": ".join([part for part in (result.error, said[-1][:500] if said else None) if part]) or "no reason was given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -58,14 +59,19 @@ class DataDir:
         claimed.trash.mkdir(mode=0o700)
         return claimed
 
-    def release(self) -> None:
-        """Remove everything that the server has made."""
+    def release(self, *, with_parent: bool = False) -> None:
+        """Remove everything that the server has made; the directory itself as well if it is the server's or its dead parent's.
+
+        Directories in it go only if they are empty: what somebody else put there is not ours to delete.
+        """
         for name in (*_OWN, _MARKER):
             remove_tree(self.path / name)
         os.close(self._lock)
-        if self._created:
+        if not self._created and not with_parent:
+            return
+        for directory in (*(path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink()), self.path):
             try:
-                self.path.rmdir()
-            except OSError:
-                # Somebody has put something in it, or has removed it already.
-                return
+                directory.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise

@@ -401,9 +401,9 @@ def main() -> int:
             blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, keep=keep)
             asyncio.run(_serve(options, data_dir, blueprint))
         finally:
-            data_dir.release()
             if options.unix_socket is not None:
                 remove_stale_socket(options.unix_socket)
+            data_dir.release(with_parent=options.die_with_parent)
     except SlotServerError as error:
         sys.stderr.write(f"slot server: {error}\n")
         return 1

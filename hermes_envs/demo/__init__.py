@@ -1,7 +1,7 @@
 """The tasks that ship with the package: small libraries written for this, each with several bugs.
 
-`repositories/NAME` is a library as it should be. `bugs/NAME` has for each bug the patch that puts it in (`BUG.patch`), the issue that
-a user might have written about it (`BUG.md`) and which tests tell (`BUG.json`).
+`repositories/NAME` is a library as it should be. `bugs/NAME` has for each bug the patch that puts it in (`BUG.patch`), the issue
+that a user might have written about it (`BUG.md`) and which tests tell (`BUG.json`).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def bugs() -> list[DemoBug]:
 def materialise(directory: Path) -> Path:
     """Write the tasks as a folder that `swe_smith` reads, below `directory`, and return it.
 
-    The folder is named after its contents: it is made once, and anew when the package's tasks have changed. Commit ids are the same
-    everywhere. Needs git and no network.
+    The folder is named after its contents: it is made once, and anew when the package's tasks have changed. Commit ids are the
+    same everywhere. Needs git and no network.
 
     Raises:
         TaskBuildError: git is missing or fails.

@@ -10,7 +10,7 @@ from backends.errors import ArtifactError
 from hermes_envs.grading.protection import Change, Protection
 from hermes_envs.python_environment import REPOSITORY, clone_command
 from hermes_envs.repository import Snapshot
-from hermes_envs.workspace import Workspace
+from hermes_envs.workspace import Workspace, explain
 from sandbox_image.protocol import WORKSPACE
 
 MAX_PATCH_BYTES = 32 * 1024 * 1024
@@ -44,7 +44,7 @@ async def capture_patch(workspace: Workspace, snapshot: Snapshot) -> bytes:
     scratch = f"{WORKSPACE}/.capture-{secrets.token_hex(8)}"
     written = await workspace.write(f"{scratch}/bundle", snapshot.bundle)
     if not written.success:
-        raise PatchError(f"no room to compare the tree: {written.error}")
+        raise PatchError(f"no room to compare the tree: {explain(written)}")
     git = f"{_GIT} --git-dir={scratch}/repository --work-tree={REPOSITORY}"
     command = " && ".join(
         (
@@ -55,7 +55,7 @@ async def capture_patch(workspace: Workspace, snapshot: Snapshot) -> bytes:
     )
     result = await workspace.run(command, cwd=REPOSITORY, env=_clean_home(scratch), timeout_s=_TIMEOUT_S)
     if not result.success:
-        raise PatchError(f"the tree cannot be compared: {result.error or result.output.strip()[-500:]}")
+        raise PatchError(f"the tree cannot be compared: {explain(result)}")
     try:
         return await workspace.read(f"{scratch}/patch", max_bytes=MAX_PATCH_BYTES)
     except ArtifactError as reason:
@@ -81,7 +81,7 @@ async def apply_patch(workspace: Workspace, patch: bytes, protection: Protection
         timeout_s=_TIMEOUT_S,
     )
     if not result.success:
-        raise PatchError(f"the patch does not apply: {result.error or result.output.strip()[-500:]}")
+        raise PatchError(f"the patch does not apply: {explain(result)}")
     changes = _parse_raw(await workspace.read(f"{scratch}/changes"))
     left_out = {change.path: reason for change in changes if (reason := protection.reason(change)) is not None}
     await _undo(workspace, scratch, [change for change in changes if change.path in left_out])
@@ -106,13 +106,13 @@ async def _undo(workspace: Workspace, scratch: str, changes: list[Change]) -> No
             timeout_s=_TIMEOUT_S,
         )
         if not result.success:
-            raise PatchError(f"protected paths cannot be restored: {result.error or result.output.strip()[-500:]}")
+            raise PatchError(f"protected paths cannot be restored: {explain(result)}")
 
 
 async def _must_write(workspace: Workspace, path: str, content: bytes) -> None:
     written = await workspace.write(path, content)
     if not written.success:
-        raise PatchError(f"the patch does not fit into the workspace: {written.error}")
+        raise PatchError(f"the patch does not fit into the workspace: {explain(written)}")
 
 
 def _clean_home(directory: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from backends.errors import ArtifactError
 from hermes_envs.python_environment import PYTHON, REPOSITORY
-from hermes_envs.workspace import Workspace
+from hermes_envs.workspace import Workspace, explain
 from sandbox_image.protocol import WORKSPACE
 
 Outcome = Literal["passed", "failed", "error", "skipped", "xfailed", "xpassed", "missing"]
@@ -60,7 +60,7 @@ async def run_tests(workspace: Workspace, node_ids: Sequence[str], timeout_s: fl
     for path, content in ((f"{folder}/driver.py", _driver()), (canary, _CANARY), (f"{folder}/request", json.dumps(request))):
         written = await workspace.write(path, content.encode())
         if not written.success:
-            return TestRun(problem=f"no room to run the tests: {written.error}")
+            return TestRun(problem=f"no room to run the tests: {explain(written)}")
     command = f"exec {PYTHON} -I -B {folder}/driver.py {folder}/request"
     result = await workspace.run(command, cwd=REPOSITORY, env={"HOME": folder}, timeout_s=timeout_s)
     if result.metadata.get("timeout"):

@@ -67,9 +67,11 @@ class ChatEndpoint:
         except TimeoutError as reason:
             raise EngineError(f"the endpoint {self.address} did not answer within {self._timeout_s} s") from reason
         except openai.APIStatusError as reason:
-            if _CONTEXT_FULL.search(reason.message) or _CONTEXT_FULL.search(str(reason.body)):
-                raise ContextFullError(_one_line(reason.message)) from reason
-            raise EngineError(f"the endpoint {self.address} refused: {_one_line(reason.message)}") from reason
+            # The SDK's message has the endpoint's own only where that came as JSON.
+            what = reason.message if isinstance(reason.body, dict) else f"{reason.message}: {reason.body}"
+            if _CONTEXT_FULL.search(f"{what} {reason.body}"):
+                raise ContextFullError(_one_line(what)) from reason
+            raise EngineError(f"the endpoint {self.address} refused: {_one_line(what)}") from reason
         except (openai.OpenAIError, httpx2.HTTPError) as reason:
             cause = reason.__cause__ or reason
             what = f"{type(reason).__name__}: {_one_line(str(cause))}"

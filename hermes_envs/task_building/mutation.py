@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from hermes_envs.task_building.mutation_kinds import KINDS
-from hermes_envs.task_building.source_text import Edit, SourceText
+from hermes_envs.task_building.source_text import Edit, SourceText, apply_edits
 
 _MIN_FUNCTION_LINES = 4
 _TEST_FOLDERS = frozenset({"test", "tests", "testing"})
@@ -58,7 +58,14 @@ class Mutation:
 
     def applied_to(self, text: str) -> str:
         """The file with the bug, from the file without it."""
-        return SourceText(text).edited(self.edits)
+        return apply_edits(text, self.edits)
+
+    def makes_other_python(self, text: str) -> bool:
+        """Whether the file with the bug parses, to something else than the file without it."""
+        try:
+            return ast.dump(ast.parse(self.applied_to(text))) != ast.dump(ast.parse(text))
+        except (SyntaxError, ValueError):
+            return False
 
 
 def is_test_path(path: str) -> bool:
@@ -70,31 +77,23 @@ def is_test_path(path: str) -> bool:
 
 
 def find_mutations(path: str, text: str, called_lines: Collection[int] | None = None) -> Iterator[Mutation]:
-    """All bugs that can be put into a module's functions; with `called_lines` only into functions that start on such a line.
+    """The bugs that may be put into a module's functions; with `called_lines` only into functions that start on such a line.
 
-    Each makes other Python of the module, and changes no character that it need not. Files that Python cannot read have none.
+    None changes a character that it need not. A few may not parse, see `Mutation.makes_other_python`: to try each would take
+    minutes for a large module. Files that Python cannot read have none.
     """
     try:
         source = SourceText(text)
     except (SyntaxError, ValueError):
         return
-    clean = ast.dump(source.tree)
     for function, qualified_name in _functions(source.tree, ""):
         info = _describe(source, path, function, qualified_name)
-        if called_lines is not None and not called_lines & {info.first_line, function.lineno}:
+        if called_lines is not None and info.first_line not in called_lines and function.lineno not in called_lines:
             continue
         for node in _own_nodes(function):
             for kind, make in KINDS.items():
                 for edits in make(source, node):
-                    if _is_other_python(source.edited(edits), clean):
-                        yield Mutation(kind, info, edits)
-
-
-def _is_other_python(text: str, clean: str) -> bool:
-    try:
-        return ast.dump(ast.parse(text)) != clean
-    except (SyntaxError, ValueError):
-        return False
+                    yield Mutation(kind, info, edits)
 
 
 def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[_Function, str]]:
@@ -144,25 +143,35 @@ def _describe(source: SourceText, path: str, function: _Function, qualified_name
 
 
 class MutationPlan:
-    """An order in which to try bugs: spread over kinds, functions and files, the same for the same seed."""
+    """An order in which to try bugs: spread over functions, kinds and files, the same for the same seed."""
 
-    def __init__(self, mutations: Mapping[str, list[Mutation]], seed: str) -> None:
-        """`mutations` by path."""
+    def __init__(self, texts: Mapping[str, str], seed: str, called: Collection[tuple[str, int]] | None = None) -> None:
+        """`texts` are the modules by path; `called` holds path and first line of the functions that tests reach."""
         chance = random.Random(seed)
-        self._pending = [mutation for path in sorted(mutations) for mutation in mutations[path]]
+        self._texts = texts
+        self._pending: list[Mutation] = []
+        for path in sorted(texts):
+            lines = None if called is None else {line for other, line in called if other == path}
+            self._pending += find_mutations(path, texts[path], lines)
         chance.shuffle(self._pending)
 
+    def __len__(self) -> int:
+        return len(self._pending)
+
     def __iter__(self) -> Iterator[Mutation]:
-        used: Counter[tuple[str, str]] = Counter()
+        functions: Counter[FunctionInfo] = Counter()
+        kinds: Counter[str] = Counter()
+        files: Counter[str] = Counter()
 
         def novelty(mutation: Mutation) -> tuple[int, int, int]:
-            function = f"{mutation.path}:{mutation.function.qualified_name}"
-            return used["function", function], used["kind", mutation.kind], used["file", mutation.path]
+            return functions[mutation.function], kinds[mutation.kind], files[mutation.path]
 
         pending = list(self._pending)
         while pending:
             chosen = min(pending, key=novelty)
             pending.remove(chosen)
-            for part in ("function", f"{chosen.path}:{chosen.function.qualified_name}"), ("kind", chosen.kind), ("file", chosen.path):
-                used[part] += 1
-            yield chosen
+            if chosen.makes_other_python(self._texts[chosen.path]):
+                functions[chosen.function] += 1
+                kinds[chosen.kind] += 1
+                files[chosen.path] += 1
+                yield chosen

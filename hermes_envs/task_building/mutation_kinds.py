@@ -1,7 +1,7 @@
 """The ways in which a bug is put into code, each a small change of the syntax tree.
 
-The kinds are those of SWE-smith's procedural modification (https://arxiv.org/abs/2504.21798, appendix B.2). Each function yields the edits
-that it can make at one node; whether the outcome is Python and differs is checked by `mutation.py`.
+The kinds follow the procedural modification of SWE-smith (https://arxiv.org/abs/2504.21798). Each function yields the edits that it
+can make at one node; whether the outcome is Python and differs is checked by `mutation.py`.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ def swapped_arguments(source: SourceText, node: ast.AST) -> Iterator[Edits]:
     """`f(a, b)` -> `f(b, a)`"""
     if not isinstance(node, ast.Call) or any(isinstance(argument, ast.Starred) for argument in node.args):
         return
+    # These fail on any exchanged arguments, however they are used.
+    if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "hasattr", "getattr", "setattr"):
+        return
     for left, right in zip(node.args, node.args[1:], strict=False):
         yield _swap(source, left, right)
 
@@ -168,7 +171,7 @@ def _replaced_operator(source: SourceText, left: ast.AST, right: ast.AST, change
 def _negation(source: SourceText, condition: ast.expr) -> Edit:
     start, end, text = source.start(condition), source.end(condition), source.of(condition)
     if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
-        return Edit(start, source.start(condition.operand), "") if "(" not in text else Edit(start, start + len("not"), "")
+        return Edit(start, end - len(text.removeprefix("not").lstrip(" ")), "")
     return Edit(start, end, f"not {text}" if isinstance(condition, _ATOMS) else f"not ({text})")
 
 

@@ -78,13 +78,6 @@ class SourceText:
         after = self.text[self.end(last) : self.line_start((last.end_lineno or last.lineno) + 1)].strip()
         return not before.strip() and (not after or after.startswith("#"))
 
-    def edited(self, edits: tuple[Edit, ...]) -> str:
-        """The text after some edits, which do not overlap."""
-        text = self.text
-        for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
-            text = text[: edit.start] + edit.replacement + text[edit.end :]
-        return text
-
     def _offset(self, line: int, utf8_column: int) -> int:
         encoded = self._lines[line - 1].encode()
         return self._line_starts[line - 1] + len(encoded[:utf8_column].decode())
@@ -105,3 +98,10 @@ class SourceText:
     @cached_property
     def _token_starts(self) -> list[int]:
         return [token.start for token in self._tokens]
+
+
+def apply_edits(text: str, edits: tuple[Edit, ...]) -> str:
+    """The text after some edits, which do not overlap."""
+    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
+        text = text[: edit.start] + edit.replacement + text[edit.end :]
+    return text

@@ -2,8 +2,8 @@
 
     python -I -B suite_driver.py REQUEST
 
-`REQUEST` is a JSON file with `root`, `report`, `max_memory_bytes`, `node_ids` (which tests to run; empty for all) and `trace_calls` (whether
-to report which functions were called). Standard library and pytest only.
+`REQUEST` is a JSON file with `root`, `report`, `max_memory_bytes`, and `trace_calls` (whether to report which functions were called).
+Standard library and pytest only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,8 @@ from typing import Any
 class Reporter:
     """A pytest plugin that remembers what became of each test and, for one that fails, what a user would see."""
 
-    def __init__(self, root: str, node_ids: list[str]) -> None:
-        self.root = root
-        self.wanted = frozenset(node_ids)
+    def __init__(self) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
-
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        if self.wanted:
-            dropped = [item for item in items if item.nodeid not in self.wanted]
-            items[:] = [item for item in items if item.nodeid in self.wanted]
-            config.hook.pytest_deselected(items=dropped)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         test = self.tests.setdefault(report.nodeid, {"outcome": "missing", "duration_s": 0.0})
@@ -95,14 +87,13 @@ def main(request_path: str) -> None:
 
     import pytest
 
-    reporter = Reporter(root, request["node_ids"])
+    reporter = Reporter()
     tracer = CallTracer(root)
     if request["trace_calls"]:
         threading.settrace(tracer)
         sys.settrace(tracer)
     options = ["-q", "--color=no", "-p", "no:cacheprovider", f"--rootdir={root}", "--continue-on-collection-errors"]
-    files = sorted({node_id.split("::", 1)[0] for node_id in request["node_ids"]})
-    status = pytest.main([*options, *files], plugins=[reporter])
+    status = pytest.main(options, plugins=[reporter])
     sys.settrace(None)
     report = {"status": int(status), "tests": reporter.tests, "called": sorted(tracer.called)}
     with open(request["report"], "w", encoding="utf-8") as file:

@@ -59,8 +59,8 @@ class SuiteRun:
 class SuiteRunner:
     """Runs the tests of one project, each time on a fresh copy of its tree.
 
-    The environment is the one that tasks get: a virtual environment with pip and pytest, the repository's root and `src` on its path,
-    and whatever the install commands add.
+    The environment is the one that tasks get: a virtual environment with pip and pytest, the repository's root and `src` on its
+    path, and whatever the install commands add.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -97,17 +97,15 @@ class SuiteRunner:
         edits: Mapping[str, bytes] | None = None,
         *,
         timeout_s: float,
-        node_ids: Sequence[str] = (),
         trace_calls: bool = False,
     ) -> SuiteRun:
-        """Run all tests, or those named, on a copy of the tree in which some files have other contents."""
+        """Run all tests on a copy of the tree in which some files have other contents."""
         with self._copy(tree, edits or {}) as copy, tempfile.TemporaryDirectory(dir=self._scratch) as report_directory:
             report = Path(report_directory)
             request = {
                 "root": REPOSITORY,
                 "report": f"{_REPORT}/report",
                 "max_memory_bytes": _MAX_MEMORY_BYTES,
-                "node_ids": list(node_ids),
                 "trace_calls": trace_calls,
             }
             (report / "request").write_text(json.dumps(request), encoding="utf-8")

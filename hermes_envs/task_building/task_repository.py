@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from hermes_envs.errors import TaskBuildError
@@ -114,6 +114,15 @@ class TaskRepository:
 
     def _git(self, *arguments: str, stdin: bytes = b"", index: Path | None = None) -> bytes:
         return _git(self._git_directory, *arguments, stdin=stdin, index=index)
+
+
+def keep_tasks(git_directory: Path, instance_ids: Collection[str]) -> None:
+    """Take all other tasks out of a repository that was published."""
+    branches = _git(git_directory, "for-each-ref", "--format=%(refname)", "refs/heads").decode().split()
+    dropped = [branch for branch in branches if branch.removeprefix("refs/heads/") not in instance_ids]
+    if dropped:
+        _git(git_directory, "update-ref", "--stdin", stdin="".join(f"delete {branch}\n" for branch in dropped).encode())
+        _git(git_directory, "gc", "--quiet", "--prune=now")
 
 
 class _Index:

@@ -69,12 +69,12 @@ class LyingServer:
 
 
 @pytest.fixture
-async def lying_server() -> AsyncIterator[Callable[[Reply], Awaitable[LyingServer]]]:
+async def lying_server() -> AsyncIterator[Callable[..., Awaitable[LyingServer]]]:
     """Starts servers that answer with the given function, each with a client for it."""
     opened: list[asyncio.Server] = []
     clients: list[SlotServerClient] = []
 
-    async def start(reply: Reply) -> LyingServer:
+    async def start(reply: Reply, **client_options: Any) -> LyingServer:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while not writer.is_closing():
@@ -93,7 +93,7 @@ async def lying_server() -> AsyncIterator[Callable[[Reply], Awaitable[LyingServe
 
         listener = await asyncio.start_server(connected, "127.0.0.1", 0)
         opened.append(listener)
-        client = SlotServerClient(url=f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+        client = SlotServerClient(url=f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", **client_options)
         clients.append(client)
         server = LyingServer(client)
         return server

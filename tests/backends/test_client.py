@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from backends import client as client_module
 from backends.client import EncodedCall, SlotServerClient
 from backends.errors import (
     ArtifactForbiddenError,
@@ -33,7 +33,7 @@ from sandbox_image.protocol import (
     ResetRequest,
 )
 
-Start = Callable[[Callable[[Any], Awaitable[None]]], Awaitable[Any]]
+Start = Callable[..., Awaitable[Any]]
 RESULT = {"success": True, "output": "hi", "error": None, "execution_id": "one", "metadata": {"exit_code": 0}}
 
 
@@ -130,7 +130,14 @@ async def test_each_error_kind_is_one_exception(lying_server: Start, kind: Error
 
 @pytest.mark.parametrize(
     "body",
-    [failure("KeyboardInterrupt"), failure("builtins.SystemExit"), {"kind": 3, "error": "x"}, {"kind": "not_found"}, "oops", None],
+    [
+        failure("KeyboardInterrupt"),
+        failure("builtins.SystemExit"),
+        {"kind": 3, "error": "x"},
+        {"kind": "not_found"},
+        "oops",
+        None,
+    ],
 )
 async def test_the_server_cannot_choose_an_exception(lying_server: Start, body: object) -> None:
     server = await lying_server(lambda visit: visit.answer(body, status=500))
@@ -254,24 +261,19 @@ async def test_the_token_is_sent() -> None:
     assert "Authorization: Bearer secret" in await seen
 
 
-async def test_a_silent_server_times_out(lying_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "TIMEOUT_MARGIN_S", 0.2)
-    server = await lying_server(lambda visit: asyncio.sleep(5))
-    with pytest.raises(ExecutionTimeoutError, match="0.1 s plus 0.2 s"):
+async def test_a_silent_server_times_out(lying_server: Start) -> None:
+    server = await lying_server(lambda visit: asyncio.sleep(5), timeout_margin_s=0.2)
+    with pytest.raises(ExecutionTimeoutError, match=r"0\.1 s plus 0\.2 s"):
         await server.client.execute(call(timeout=0.1))
 
 
-async def test_a_silent_server_times_out_for_each_call_of_a_batch(
-    lying_server: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "TIMEOUT_MARGIN_S", 0.1)
-
+async def test_a_silent_server_times_out_for_each_call_of_a_batch(lying_server: Start) -> None:
     async def reply(visit: Any) -> None:
         await visit.start_stream()
         await visit.line({"index": 2, "result": RESULT | {"execution_id": "c"}})
         await asyncio.sleep(5)
 
-    server = await lying_server(reply)
+    server = await lying_server(reply, timeout_margin_s=0.1)
     loop = asyncio.get_running_loop()
     start, outcomes = loop.time(), {}
     calls = [call("a", timeout=0.1), call("b", timeout=0.2), call("c", slot_id="slot_1")]
@@ -320,8 +322,6 @@ async def test_a_batch_hands_out_each_result_as_it_comes(lying_server: Start) ->
 
 async def test_lines_may_be_cut_anywhere(lying_server: Start) -> None:
     async def reply(visit: Any) -> None:
-        import json
-
         text = "".join(json.dumps({"index": number, "result": batch_result(number)}) + "\n" for number in range(3))
         await visit.start_stream()
         for start in range(0, len(text), 7):

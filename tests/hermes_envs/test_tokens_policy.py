@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import ContextFullError
+from hermes_envs.policies.token_engine import TokenEngine
 from hermes_envs.policies.tokens import LEAST_ANSWER_TOKENS, TokensPolicy
 from hermes_envs.policies.tokens_options import TokensOptions
+from hermes_envs.rendering import create_chat_renderer
 from hermes_envs.rollout import Rollout
 from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import server_manager
@@ -353,16 +355,15 @@ async def test_a_prompt_that_is_changed_on_the_way_is_noticed(tmp_path: Path) ->
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.save_pretrained(tmp_path)
     tokenizer.name_or_path = str(tmp_path)
+    renderer = create_chat_renderer(tokenizer)
+    prompt = renderer.prompt(QUESTION, [])
     async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>")) as engine:
-        policy = policy_for(engine, tokenizer)
-        conversation = policy.start("t", tools=[])
-        rendered = policy.renderer.prompt
-        assert rendered(QUESTION, [])[0] == tokenizer.bos_token_id
-
+        server = server_manager(tokenizer, engine.base_url, server_type="sglang")
+        token_engine = TokenEngine(server, renderer, temperature=1.0)
+        # A template that spells the token in its text doubles it.
         with pytest.raises(InexactRolloutError, match="doubled beginning-of-sequence"):
-            # A template that doubles it, as those that spell the token in their text do.
-            await policy._engine.sample([tokenizer.bos_token_id, *rendered(QUESTION, [])], 20)
-        await conversation.respond(QUESTION)
+            await token_engine.sample([tokenizer.bos_token_id, *prompt], 20)
+        await token_engine.sample(prompt, 20)
 
 
 async def test_patience_with_engines_that_are_down_ends(tokenizer: PreTrainedTokenizerFast) -> None:

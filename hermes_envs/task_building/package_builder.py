@@ -1,0 +1,261 @@
+"""Makes tasks from one package: puts bugs in, runs its tests, keeps what they tell apart."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hermes_envs.errors import TaskBuildError
+from hermes_envs.task_building.mutation import FunctionInfo, Mutation, MutationPlan, is_test_path
+from hermes_envs.task_building.problem_statement import write_problem_statement
+from hermes_envs.task_building.source_distribution import SourceDistribution, build_wheels, fetch
+from hermes_envs.task_building.suite_runner import Failure, SuiteRun, SuiteRunner
+from hermes_envs.task_building.task_folder import WHEELS, TaskRow, repository_path, write_rows
+from hermes_envs.task_building.task_repository import TaskRepository
+
+OWNER = "pypi"
+
+TEST_REQUIREMENTS = {"funcy": ("whatever",)}
+"""What the tests of a package need and its source distribution does not say."""
+
+
+class BuilderOptions(BaseModel):
+    """How many tasks are made of a package, and which count."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    per_package: int = Field(12, ge=1, description="Tasks to make of each package, at most.")
+    seed: int = Field(0, description="Another seed makes other bugs.")
+    jobs: int = Field(2, ge=1, description="Test suites that run at the same time.")
+    multi_file_share: float = Field(0.25, ge=0, le=1, description="Share of the tasks with bugs in two files.")
+    tries_per_task: int = Field(4, ge=1, description="Bugs to try for each task, at most.")
+    suite_timeout_s: float = Field(180.0, gt=0, description="Longest that a package's suite without a bug may take.")
+    test_timeout_s: float = Field(5.0, gt=0, description="Tests that take longer are left out.")
+    min_passing_share: float = Field(0.5, ge=0, le=1, description="Share of the tests that a bug must leave passing.")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Mutations that tests tell of."""
+
+    mutations: tuple[Mutation, ...]
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    failures: dict[str, Failure]
+
+    @property
+    def functions(self) -> list[FunctionInfo]:
+        return [mutation.function for mutation in self.mutations]
+
+    @property
+    def name(self) -> str:
+        """The kinds and digests, as a part of the instance id."""
+        return "__".join(f"{mutation.kind}-{mutation.digest}" for mutation in self.mutations)
+
+
+@dataclass(frozen=True)
+class BuiltPackage:
+    """What came of a package; `dropped` counts the bugs that make no task, by reason."""
+
+    name: str
+    version: str
+    rows: tuple[TaskRow, ...]
+    dropped: Counter[str]
+
+
+class PackageBuilder:
+    """Makes the tasks of one package. `report` gets lines about the progress."""
+
+    def __init__(self, options: BuilderOptions, report: Callable[[str], None]) -> None:
+        self._options = options
+        self._report = report
+
+    async def build(self, package: str, folder: Path) -> BuiltPackage:
+        """Write a task folder for a package, a requirement or the path of a source distribution, into an empty directory.
+
+        Raises:
+            TaskBuildError: the package cannot be fetched, or its tests cannot be run or do not pass.
+        """
+        with tempfile.TemporaryDirectory(dir=folder.parent) as directory:
+            scratch = Path(directory)
+            source = await fetch(package, scratch)
+            self._report(f"{source.name} {source.version}: fetched")
+            install_commands = await self._collect_wheels(source, folder / WHEELS)
+            runner = SuiteRunner(scratch)
+            await runner.prepare(source.tree, install_commands, folder / WHEELS)
+            search = _BugSearch(self._options, self._report, source, runner)
+            bugs = await search.find()
+            rows = await asyncio.to_thread(_write, folder, scratch / "repository", source, bugs, install_commands)
+            return BuiltPackage(source.name, source.version, tuple(rows), search.dropped)
+
+    async def _collect_wheels(self, source: SourceDistribution, folder: Path) -> list[str]:
+        requirements = [*source.requirements, *TEST_REQUIREMENTS.get(source.name, ())]
+        if not requirements:
+            return []
+        await build_wheels(requirements, folder)
+        return [shlex.join(["python", "-m", "pip", "install", "--quiet", *requirements])]
+
+
+class _BugSearch:
+    """The search for bugs in one package."""
+
+    def __init__(
+        self, options: BuilderOptions, report: Callable[[str], None], source: SourceDistribution, runner: SuiteRunner
+    ) -> None:
+        self._options = options
+        self._report = report
+        self._name = source.name
+        self._tree = source.tree
+        self._runner = runner
+        self._texts = _modules(source.tree)
+        self._timeout_s = options.suite_timeout_s
+        self._clean: frozenset[str] = frozenset()
+        self.dropped: Counter[str] = Counter()
+
+    async def find(self) -> list[Bug]:
+        """The bugs to make tasks of: those in one file first, then those in two."""
+        called = await self._run_clean()
+        plan = MutationPlan(self._texts, f"{self._name}-{self._options.seed}", called)
+        self._report(f"{self._name}: {len(self._clean)} tests, {len(plan)} places for bugs")
+        wanted_pairs = int(self._options.per_package * self._options.multi_file_share) if len(self._texts) > 1 else 0
+        wanted_singles = self._options.per_package - wanted_pairs
+        singles = await self._collect(((mutation,) for mutation in plan), wanted_singles + 2 * wanted_pairs)
+        pairs = await self._collect(_pairs(singles[wanted_singles:]), wanted_pairs)
+        if not singles:
+            raise TaskBuildError(f"{self._name}: its tests tell of no bug that was tried")
+        return [*singles[: self._options.per_package - len(pairs)], *pairs]
+
+    async def _run_clean(self) -> frozenset[tuple[str, int]]:
+        """Find the tests to rely on, and the functions that they reach."""
+        started = asyncio.get_running_loop().time()
+        first = await self._runner.run(self._tree, timeout_s=self._timeout_s)
+        duration_s = asyncio.get_running_loop().time() - started
+        second = await self._runner.run(self._tree, timeout_s=self._timeout_s * 3, trace_calls=True)
+        for run in (first, second):
+            if run.problem is not None:
+                raise TaskBuildError(f"{self._name}: {run.problem}")
+        self._clean = frozenset(
+            node_id
+            for node_id in first.passed & second.passed
+            if first.durations_s[node_id] <= self._options.test_timeout_s and is_portable(node_id)
+        )
+        if not self._clean:
+            raise TaskBuildError(f"{self._name}: none of {len(first.outcomes)} tests passes")
+        if unstable := (first.passed ^ second.passed):
+            self._report(f"{self._name}: {len(unstable)} tests do not always pass and are left out")
+        self._timeout_s = max(10.0, 4 * duration_s)
+        return second.called
+
+    async def _collect(self, candidates: Iterator[tuple[Mutation, ...]], wanted: int) -> list[Bug]:
+        """Try candidates, a few at a time, until so many make a bug."""
+        found: list[Bug] = []
+        tries = wanted * self._options.tries_per_task
+        while len(found) < wanted and tries > 0:
+            batch = list(islice(candidates, min(self._options.jobs, tries)))
+            if not batch:
+                break
+            tries -= len(batch)
+            async with asyncio.TaskGroup() as group:
+                attempts = [group.create_task(self._try(mutations)) for mutations in batch]
+            found += [bug for attempt in attempts if (bug := attempt.result()) is not None]
+        return found[:wanted]
+
+    async def _try(self, mutations: tuple[Mutation, ...]) -> Bug | None:
+        edits = {mutation.path: mutation.applied_to(self._texts[mutation.path]).encode() for mutation in mutations}
+        run = await self._runner.run(self._tree, edits, timeout_s=self._timeout_s)
+        reason = self._objection(run)
+        kinds = " and ".join(f"{mutation.kind} in {mutation.function.dotted_name}" for mutation in mutations)
+        if reason is not None:
+            self.dropped[reason] += 1
+            self._report(f"{self._name}: {kinds}: {reason}")
+            return None
+        failing = sorted(self._clean - run.passed)
+        self._report(f"{self._name}: {kinds}: {len(failing)} tests fail")
+        failures = {node_id: run.failures[node_id] for node_id in failing if node_id in run.failures}
+        return Bug(mutations, tuple(failing), tuple(sorted(self._clean & run.passed)), failures)
+
+    def _objection(self, run: SuiteRun) -> str | None:
+        """Why a bug makes no task."""
+        if run.problem is not None:
+            return "the tests do not end" if "took longer" in run.problem else "the test run breaks down"
+        if not self._clean <= set(run.outcomes):
+            return "tests cannot be collected"
+        if self._clean <= run.passed:
+            return "no test fails"
+        if len(self._clean & run.passed) < max(1.0, self._options.min_passing_share * len(self._clean)):
+            return "too many tests fail"
+        return None
+
+
+def is_portable(node_id: str) -> bool:
+    """Whether a node id means the same everywhere: one printable line, no path of this machine, no address of an object."""
+    return node_id.isprintable() and "/workspace" not in node_id and "/tmp" not in node_id and " at 0x" not in node_id
+
+
+def _modules(tree: Path) -> dict[str, str]:
+    """The modules of the packages at the root or in `src`, tests excluded, by path."""
+    texts = {}
+    for path in sorted(tree.rglob("*.py")):
+        relative = path.relative_to(tree)
+        top = tree / relative.parts[0] if relative.parts[0] != "src" else tree / "/".join(relative.parts[:2])
+        is_packaged = (top / "__init__.py").is_file() or (relative.parts[0] == "src" and len(relative.parts) == 2)
+        is_root_module = len(relative.parts) == 1
+        if is_test_path(relative.as_posix()) or not (is_packaged or is_root_module):
+            continue
+        content = path.read_bytes()
+        # Other line ends would change wherever a line is edited.
+        if b"\r" not in content and b"\f" not in content and not content.startswith(b"\xef\xbb\xbf"):
+            try:
+                texts[relative.as_posix()] = content.decode()
+            except UnicodeDecodeError:
+                continue
+    return texts
+
+
+def _pairs(bugs: Sequence[Bug]) -> Iterator[tuple[Mutation, ...]]:
+    """Two bugs of different files each, every bug used once."""
+    pending = list(bugs)
+    while pending:
+        first = pending.pop(0)
+        for second in pending:
+            if first.mutations[0].path != second.mutations[0].path:
+                pending.remove(second)
+                yield (*first.mutations, *second.mutations)
+                break
+
+
+def _write(
+    folder: Path, scratch: Path, source: SourceDistribution, bugs: Sequence[Bug], install_commands: list[str]
+) -> list[TaskRow]:
+    repo = f"{OWNER}/{source.name}"
+    repository = TaskRepository(scratch)
+    clean = repository.add_tree(source.tree)
+    rows = []
+    for bug in bugs:
+        texts = {path: (source.tree / path).read_text(encoding="utf-8") for path in {m.path for m in bug.mutations}}
+        edits = {mutation.path: mutation.applied_to(texts[mutation.path]).encode() for mutation in bug.mutations}
+        buggy = repository.edited_tree(clean, edits)
+        instance_id = f"{OWNER}__{source.name}-{source.version}.{bug.name}"
+        rows.append(
+            TaskRow(
+                instance_id=instance_id,
+                repo=repo,
+                base_commit=repository.add_task(instance_id, buggy),
+                problem_statement=write_problem_statement(bug.functions, bug.failures),
+                patch=repository.diff(buggy, clean),
+                FAIL_TO_PASS=list(bug.fail_to_pass),
+                PASS_TO_PASS=list(bug.pass_to_pass),
+                install_commands=install_commands,
+            )
+        )
+    repository.publish(repository_path(folder, repo))
+    write_rows(folder, rows)
+    return rows
