@@ -161,6 +161,9 @@ async def _remove(directory: Path) -> None:
     for attempt in range(_REMOVALS):
         try:
             await asyncio.to_thread(remove_tree, directory)
+        except NotADirectoryError:
+            # The server never got as far as making it.
+            return
         except OSError as error:
             # Whatever was killed with the server may still be on its way out, and writing.
             reason = error

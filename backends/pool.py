@@ -238,7 +238,9 @@ class SlotPool:
 
     async def _ensure_layer(self, sandbox: Sandbox, slot: Slot, layer: Layer) -> None:
         async def build() -> None:
-            slot.lease = await self._reset(sandbox, slot.slot_id, network=True)
+            if layer.base is not None:
+                await self._ensure_layer(sandbox, slot, layer.base)
+            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer.base, network=True)
             await layer.build(slot)
             await sandbox.client.freeze(FreezeRequest(slot.slot_id, layer.name, lease=slot.lease))
 

@@ -30,6 +30,8 @@ _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 def run(environment: type[AgentEnv]) -> None:
     """Run atroposlib's `serve`, `process` or `evaluate` and exit with its status: 1 for an error, 2 for a wrong flag."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # Its modules set themselves to DEBUG, and say of each group what our own account says.
+    logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     sys.argv[1:] = _attach_negative_numbers(sys.argv[1:])
     try:
         _check_config_file(environment, sys.argv[1:])

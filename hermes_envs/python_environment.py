@@ -9,7 +9,6 @@ import io
 import json
 import shlex
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,8 +34,9 @@ _RECIPE_VERSION = "1"
 class PythonEnvironment:
     """The repository at `/workspace/repo`, a virtual environment at `/workspace/.venv`.
 
-    The environment has pip and pytest as they are installed here (no index is needed for them), the repository's root and
-    `src` on its path, and whatever `install_commands` add. With `wheels` pip installs from those alone.
+    The environment has pytest as it is installed here (no index is needed for it), the repository's root and `src` on its
+    path, and whatever `install_commands` add with the pip that is there while it is built. With `wheels` pip installs from
+    those alone.
     """
 
     snapshot: Snapshot
@@ -48,30 +48,37 @@ class PythonEnvironment:
     def name(self) -> str:
         """The layer's name: equal inputs, equal name."""
         wheels = [f"{wheel.name}:{wheel.stat().st_size}" for wheel in self.wheels]
-        inputs = [_RECIPE_VERSION, self.snapshot.commit, self.install_commands, wheels, _test_tools_digest()]
+        inputs = [_RECIPE_VERSION, self.snapshot.commit, self.install_commands, wheels, _test_tools_versions()]
         return f"python-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
 
     def layer(self, backend: ToolBackend) -> Layer:
-        """The layer that has this environment."""
+        """The layer that has this environment; all environments have the one with the test tools below them."""
+
+        async def build_test_tools(slot: Slot) -> None:
+            await self._build_test_tools(Workspace(backend, slot))
 
         async def build(slot: Slot) -> None:
             await self._build(Workspace(backend, slot))
 
-        return Layer(self.name, build)
+        tools = hashlib.sha256("\n".join([_RECIPE_VERSION, *_test_tools_versions()]).encode()).hexdigest()[:24]
+        return Layer(self.name, build, base=Layer(f"python-tools-{tools}", build_test_tools))
+
+    async def _build_test_tools(self, workspace: Workspace) -> None:
+        archive = f"{_SCRATCH}/test_tools.tar.gz"
+        await self._write(workspace, archive, await asyncio.to_thread(pack_test_tools))
+        await self._run(workspace, _MAKE_ENVIRONMENT.format(archive=archive))
 
     async def _build(self, workspace: Workspace) -> None:
         """Raises `EnvironmentBuildError` with the end of the failing command's output."""
         await checkout(workspace, self.snapshot)
-        await self._write(workspace, f"{_SCRATCH}/test_tools.tar.gz", await asyncio.to_thread(pack_test_tools))
         for wheel in self.wheels:
             await self._write(workspace, f"{_SCRATCH}/wheels/{wheel.name}", await asyncio.to_thread(wheel.read_bytes))
-        await self._run(workspace, _MAKE_ENVIRONMENT)
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"{_SCRATCH}/wheels"} if self.wheels else {}
         for command in self.install_commands:
             # The variables stay unexpanded here: only the slot knows its own PATH.
             activated = f'export PATH={VIRTUAL_ENVIRONMENT}/bin:"$PATH" VIRTUAL_ENV={VIRTUAL_ENVIRONMENT}\n{command}'
             await self._run(workspace, activated, cwd=REPOSITORY, env=offline)
-        await self._run(workspace, f"{PYTHON} -I -m pytest --version && rm -rf {_SCRATCH}")
+        await self._run(workspace, _FINISH_ENVIRONMENT)
 
     async def _write(self, workspace: Workspace, path: str, content: bytes) -> None:
         written = await workspace.write(path, content)
@@ -111,8 +118,23 @@ _MAKE_ENVIRONMENT = f"""
 set -e
 python3 -m venv --without-pip {VIRTUAL_ENVIRONMENT}
 site_packages=$({PYTHON} -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-tar -xzf {_SCRATCH}/test_tools.tar.gz -C "$site_packages"
+tar -xzf {{archive}} -C "$site_packages"
 printf '%s\\n' {REPOSITORY}/src {REPOSITORY} > "$site_packages/task_repository.pth"
+for tool in pip pytest; do
+    printf '#!/bin/sh\\nexec {PYTHON} -m %s "$@"\\n' $tool > {VIRTUAL_ENVIRONMENT}/bin/$tool
+    chmod +x {VIRTUAL_ENVIRONMENT}/bin/$tool
+done
+# Leaves compiled modules behind, so that no later run has to compile them.
+{PYTHON} -I -m pytest --version
+rm -rf {_SCRATCH}
+"""
+
+# A layer is copied for each trajectory: pip is half of the environment and of no use without a network.
+_SITE_PACKAGES = f"{VIRTUAL_ENVIRONMENT}/lib/python3.*/site-packages"
+_FINISH_ENVIRONMENT = f"""
+set -e
+rm -rf {_SCRATCH} {VIRTUAL_ENVIRONMENT}/bin/pip {_SITE_PACKAGES}/pip {_SITE_PACKAGES}/pip-*.dist-info
+{PYTHON} -I -m pytest --version
 """
 
 
@@ -134,7 +156,7 @@ def _test_tools_distributions() -> tuple[importlib.metadata.Distribution, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def _test_tools_digest() -> Sequence[str]:
+def _test_tools_versions() -> list[str]:
     return [f"{distribution.metadata['Name']}=={distribution.version}" for distribution in _test_tools_distributions()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import json
 import os
@@ -10,7 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +20,16 @@ from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 START_TIMEOUT_S = 30.0
 KILL_MARGIN_S = 5.0
 """How long the init may take to kill a command that ran out of time before the whole box is given up."""
-_LARGEST_PACKET = PACKET_BYTES - 1
+_REPLY_BYTES = 4096
 _PIPE_READ = 65536
 _CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass
 class _Call:
-    number: int
+    number: bytes
     sink: Callable[[bytes], None]
-    done: asyncio.Future[dict[str, Any]]
+    done: asyncio.Future[list[bytes]]
     expired: bool = False
 
 
@@ -60,6 +59,7 @@ class Box:
     _calls: int = 0
     _verdict: str | None = None
     _closed: bool = field(default=False)
+    _dying: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
     async def start(cls, blueprint: Blueprint, place: Place, *, network: bool = False) -> Box:
@@ -126,7 +126,7 @@ class Box:
             loop.create_future(),
             blueprint.isolation != "none",
         )
-        loop.add_reader(control, box._on_message)
+        loop.add_reader(control, box._on_hello)
         loop.add_reader(output, box._on_output)
         loop.add_reader(exit_fd, box._on_exit)
         return box
@@ -143,16 +143,17 @@ class Box:
 
     async def run(
         self,
-        command: str,
+        command: bytes,
         sink: Callable[[bytes], None],
         timeout_s: float,
         *,
-        cwd: str | None = None,
-        env: dict[str, str] | None = None,
+        cwd: bytes = b"",
+        variables: Sequence[bytes] = (),
     ) -> CommandEnd:
         """Run a command with `/bin/sh -c`; when this returns, everything that it started is dead.
 
-        `sink` gets what is printed, as it comes, standard output and error in one stream. One command at a time.
+        `sink` gets what is printed, as it comes, standard output and error in one stream. `cwd` is relative to the workspace,
+        `variables` (`NAME=value`) are added to the environment; none of it holds a NUL. One command at a time.
 
         Raises:
             BoxError: the box died, or had to be killed because it did not answer.
@@ -161,21 +162,22 @@ class Box:
             raise BoxError(self.verdict)
         loop = asyncio.get_running_loop()
         self._calls += 1
-        call = self._call = _Call(self._calls, sink, loop.create_future())
+        call = self._call = _Call(b"%d" % self._calls, sink, loop.create_future())
         timer = loop.call_later(timeout_s, self._expire, call)
         try:
-            self._send({"run": call.number, "command": command, "cwd": cwd, "env": env})
-            reply = await call.done
+            self._send(b"run", call.number, cwd, *variables, command)
+            kind, _, text = await call.done
         except BaseException:
             # Whatever interrupts the wait, a command that nobody waits for must not run on.
+            self._call = None
             self.doom("a call was abandoned")
             raise
         finally:
             timer.cancel()
             self._call = None
-        if "error" in reply:
-            return CommandEnd(None, error=str(reply["error"]))
-        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(reply["exit"]))
+        if kind == b"error":
+            return CommandEnd(None, error=text.decode(errors="replace"))
+        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(text))
 
     def doom(self, reason: str) -> None:
         """Kill all that is in the box, without waiting for it; the running call ends with `reason`."""
@@ -204,17 +206,19 @@ class Box:
             BoxError: it does not die.
         """
         self.doom(reason)
-        if self._closed:
-            return
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                await asyncio.shield(self._exited)
-                # Readable once the init is a zombie, and PID 1 becomes one only after all others in its namespace are gone.
-                if self._init_fd is not None:
-                    await _readable(self._init_fd)
-        except TimeoutError:
-            raise BoxError(f"a box does not die (process {self._process.pid})") from None
-        self._close()
+        # A reset and the end of the server may both wait for it, and a descriptor can have one reader.
+        async with self._dying:
+            if self._closed:
+                return
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    await asyncio.shield(self._exited)
+                    # Readable once the init is a zombie, and PID 1 becomes one only after all others in its namespace are gone.
+                    if self._init_fd is not None:
+                        await _readable(self._init_fd)
+            except TimeoutError:
+                raise BoxError(f"a box does not die (process {self._process.pid})") from None
+            self._close()
 
     def _close(self) -> None:
         if self._closed:
@@ -228,16 +232,17 @@ class Box:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        packet = json.dumps(message).encode()
+    def _send(self, *parts: bytes) -> None:
+        packet = b"\0".join(parts)
         try:
-            if len(packet) <= _LARGEST_PACKET:
+            if len(packet) <= PACKET_BYTES:
                 self._control.send(packet)
                 return
             with open(os.memfd_create("message"), "wb") as file:
                 file.write(packet)
                 file.flush()
                 os.lseek(file.fileno(), 0, os.SEEK_SET)
+                self._control.send(BY_REFERENCE)
                 socket.send_fds(self._control, [BY_REFERENCE], [file.fileno()])
         except OSError as error:
             raise BoxError(f"the box does not take a command: {error.strerror}") from error
@@ -247,7 +252,7 @@ class Box:
             return
         call.expired = True
         try:
-            self._send({"kill": call.number})
+            self._send(b"kill", call.number)
         except BoxError as error:
             self.doom(str(error))
             return
@@ -257,33 +262,37 @@ class Box:
         if not call.done.done():
             self.doom("its init did not answer")
 
+    def _on_hello(self) -> None:
+        packet, ancillary, _, _ = self._control.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+        loop = asyncio.get_running_loop()
+        if not packet:
+            loop.remove_reader(self._control)
+            self._lost("its init is gone")
+            return
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                self._init_fd = os.pidfd_open(_CREDENTIALS.unpack_from(payload)[0])
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        loop.add_reader(self._control, self._on_message)
+        if not self._hello.done():
+            self._hello.set_result(json.loads(packet.split(b"\0", 1)[1]))
+
     def _on_message(self) -> None:
         try:
-            packet, ancillary, _, _ = self._control.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
-        except BlockingIOError:
-            return
-        except OSError:
-            packet, ancillary = b"", []
+            packet = self._control.recv(_REPLY_BYTES)
+        except ConnectionError:
+            packet = b""
         if not packet:
             asyncio.get_running_loop().remove_reader(self._control)
             self._lost("its init is gone")
             return
-        message = json.loads(packet)
-        if "hello" in message:
-            self._welcome(message["hello"], ancillary)
-        elif self._call is not None and message.get("done") == self._call.number and not self._call.done.done():
+        reply = packet.split(b"\0")
+        call = self._call
+        if call is not None and reply[1] == call.number and not call.done.done():
             # Everybody who could write is dead, so what is in the pipe now is all there is.
             while self._on_output():
                 pass
-            self._call.done.set_result(message)
-
-    def _welcome(self, facts: dict[str, Any], ancillary: list[tuple[int, int, bytes]]) -> None:
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                self._init_fd = os.pidfd_open(_CREDENTIALS.unpack_from(array.array("B", payload))[0])
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        if not self._hello.done():
-            self._hello.set_result(facts)
+            call.done.set_result(reply)
 
     def _on_output(self) -> bool:
         """Take what is in the pipe; whether there was something."""

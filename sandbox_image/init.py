@@ -4,14 +4,15 @@ Run as `python -I -S init.py CONTROL OUTPUT LIMITS`: two inherited file descript
 Needs the standard library only and works as a lone copy of this file. Its working directory is the workspace, its environment
 is what commands get.
 
-CONTROL is a SOCK_SEQPACKET socket; one packet is one JSON object. A packet `@` stands for an object that is too large for a
-packet; it lies in the file that came with it.
+CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings with a NUL between each two; none of them can hold one:
 
-    init -> server   {"hello": facts}                  once, before anything else
-    server -> init   {"run": id, "command", "cwd", "env"}
-    init -> server   {"done": id, "exit": status}      the command and all that it started are dead
-                     {"done": id, "error": text}       it could not be started
-    server -> init   {"kill": id}                      answered by `done` as well
+    init -> server   hello FACTS                          once, before anything else; FACTS is JSON
+    server -> init   run NUMBER CWD NAME=VALUE... COMMAND  CWD is relative to the workspace, empty for the workspace itself
+    init -> server   exit NUMBER STATUS                   the command and all that it started are dead; 128 + N for signal N
+                     error NUMBER TEXT                    it could not be started
+    server -> init   kill NUMBER                          answered by `exit` as well
+
+A message that is too large for a packet is announced by the packet `@` and lies in the file that comes with the next one.
 
 OUTPUT is the write end of a pipe for what commands print. Without a PID namespace (no isolation) the process adopts orphans as
 a "child subreaper", so that it can still find and kill everything that a command left behind.
@@ -40,6 +41,7 @@ PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 SIOCGIFFLAGS = 0x8913
 IFF_UP = 1
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Init:
@@ -49,7 +51,12 @@ class Init:
         self._control = control
         self._output = output
         self._workspace = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-        self._environment = dict(os.environ)
+        self._environment = dict(os.environb)
+        self._streams = (
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        )
         self._alone = os.getpid() == 1
         self._events = select.poll()
         self._events.register(control, select.POLLIN)
@@ -57,78 +64,68 @@ class Init:
     def serve(self) -> NoReturn:
         """Answer the server until it is gone."""
         while True:
-            message = self._receive()
-            # A `kill` that crossed the `done` of its command on the way has nothing left to do.
-            if "run" in message:
-                self._run(message)
+            kind, number, *rest = self._receive()
+            # A `kill` that crossed the `exit` of its command on the way has nothing left to do.
+            if kind == b"run":
+                self._run(number, rest[0], rest[1:-1], rest[-1])
 
-    def send(self, message: dict[str, Any]) -> None:
-        self._control.send(json.dumps(message).encode())
+    def send(self, *parts: bytes) -> None:
+        """Tell the server something."""
+        self._control.send(b"\0".join(parts))
 
-    def _receive(self) -> dict[str, Any]:
-        packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        if not packet:
-            self._leave()
+    def _receive(self) -> list[bytes]:
+        packet = self._control.recv(PACKET_BYTES)
         if packet == BY_REFERENCE:
+            _, attached, _, _ = socket.recv_fds(self._control, 1, 1, socket.MSG_CMSG_CLOEXEC)
             with open(attached[0], "rb") as file:
                 packet = file.read()
-        message: dict[str, Any] = json.loads(packet)
-        return message
+        if not packet:
+            self._leave()
+        return packet.split(b"\0")
 
     def _leave(self) -> NoReturn:
         self._clear(0)
         sys.exit(0)
 
-    def _run(self, message: dict[str, Any]) -> None:
-        call = message["run"]
+    def _run(self, number: bytes, cwd: bytes, variables: list[bytes], command: bytes) -> None:
         try:
-            pid = self._spawn(message["command"], message["cwd"], message["env"])
-        except (OSError, ValueError) as error:
+            pid = self._spawn(cwd, variables, command)
+        except OSError as error:
             self._clear(0)
-            self.send({"done": call, "error": getattr(error, "strerror", None) or str(error)})
+            self.send(b"error", number, str(error.strerror).encode())
             return
-        status = self._wait(pid, call)
+        status = self._wait(pid, number)
         killed = self._clear(pid)
         code = os.waitstatus_to_exitcode(killed if status is None else status)
-        self.send({"done": call, "exit": code if code >= 0 else 128 - code})
+        self.send(b"exit", number, b"%d" % (code if code >= 0 else 128 - code))
 
-    def _spawn(self, command: str, cwd: str | None, extra: dict[str, str] | None) -> int:
+    def _spawn(self, cwd: bytes, variables: list[bytes], command: bytes) -> int:
         # An earlier command may have made the pipe non-blocking, as Node.js does; that is a property of the pipe's open end.
         fcntl.fcntl(self._output, fcntl.F_SETFL, 0)
-        actions: list[tuple[Any, ...]] = [
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, self._output, 1),
-            (os.POSIX_SPAWN_DUP2, self._output, 2),
-        ]
-        text = command.encode("utf-8", "surrogateescape")
-        argv: list[bytes | str] = ["sh", "-c", text]
-        script = None
+        if len(command) > LONGEST_ARGUMENT:
+            with open(os.memfd_create("command"), "wb") as script:
+                script.write(command)
+                script.flush()
+                attach = (os.POSIX_SPAWN_DUP2, script.fileno(), SCRIPT_FD)
+                return self._start(cwd, variables, ("sh", f"/dev/fd/{SCRIPT_FD}"), (*self._streams, attach))
+        return self._start(cwd, variables, ("sh", "-c", command), self._streams)
+
+    def _start(self, cwd: bytes, variables: list[bytes], argv: tuple[str | bytes, ...], actions: tuple[Any, ...]) -> int:
+        environment = self._environment
+        if variables:
+            environment = {**environment, **dict(variable.split(b"=", 1) for variable in variables)}
+        if cwd:
+            os.chdir(cwd)
         try:
-            if len(text) > LONGEST_ARGUMENT:
-                script = os.memfd_create("command")
-                with open(script, "wb", closefd=False) as file:
-                    file.write(text)
-                actions.append((os.POSIX_SPAWN_DUP2, script, SCRIPT_FD))
-                argv = ["sh", f"/dev/fd/{SCRIPT_FD}"]
-            if cwd is not None:
-                os.chdir(cwd)
+            # Python ignores SIGPIPE and SIGXFSZ, and what is ignored stays so across exec.
             return os.posix_spawn(
-                "/bin/sh",
-                argv,
-                {**self._environment, **extra} if extra else self._environment,
-                file_actions=actions,
-                setsid=True,
-                setsigmask=(),
-                # Python ignores these two, and what is ignored stays so across exec.
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+                "/bin/sh", argv, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_IGNORED_BY_PYTHON
             )
         finally:
-            if cwd is not None:
+            if cwd:
                 os.fchdir(self._workspace)
-            if script is not None:
-                os.close(script)
 
-    def _wait(self, pid: int, call: int) -> int | None:
+    def _wait(self, pid: int, number: bytes) -> int | None:
         """Wait for the command itself; None if it is to be killed."""
         ended = os.pidfd_open(pid)
         self._events.register(ended, select.POLLIN)
@@ -137,7 +134,7 @@ class Init:
                 for descriptor, _ in self._events.poll():
                     if descriptor == ended:
                         return os.waitpid(pid, 0)[1]
-                    if self._receive().get("kill") == call:
+                    if self._receive() == [b"kill", number]:
                         return None
         finally:
             self._events.unregister(ended)
@@ -235,7 +232,7 @@ def main(control_fd: int, output: int, limits: dict[str, int]) -> NoReturn:
     if report["pid"] != 1:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     init = Init(control, output)
-    init.send({"hello": report})
+    init.send(b"hello", json.dumps(report).encode())
     init.serve()
 
 

@@ -26,8 +26,8 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Hashable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Hashable
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal, Self
 
@@ -100,10 +100,33 @@ def _conforms(value: object, expected: Any) -> bool:
     return expected is Any or isinstance(value, expected)
 
 
+def _exact_types(expected: Any) -> frozenset[type]:
+    """Types whose values conform without a closer look."""
+    origin = typing.get_origin(expected)
+    if origin in (typing.Union, types.UnionType):
+        return frozenset().union(*map(_exact_types, typing.get_args(expected)))
+    if expected in (str, int, bool, types.NoneType):
+        return frozenset((expected,))
+    return frozenset((origin,)) if origin in (dict, list) else frozenset()
+
+
+@dataclass(frozen=True)
+class _Field:
+    expected: Any
+    exact: frozenset[type]
+    required: bool
+
+
 @functools.cache
-def _hints(message: Any) -> dict[str, Any]:
+def _fields(message: Any) -> dict[str, _Field]:
     # Resolving the annotations anew for each message would cost more than all the rest of reading it.
-    return typing.get_type_hints(message)
+    hints = typing.get_type_hints(message)
+    return {
+        spec.name: _Field(
+            hints[spec.name], _exact_types(hints[spec.name]), spec.default is MISSING and spec.default_factory is MISSING
+        )
+        for spec in fields(message)
+    }
 
 
 @dataclass(frozen=True)
@@ -117,24 +140,23 @@ class Wire:
         Raises:
             ProtocolError: not an object, a missing or unknown field, or a value of another type.
         """
-        if not isinstance(payload, Mapping):
+        if not isinstance(payload, dict):
             raise ProtocolError(f"expected a JSON object, got {type(payload).__name__}")
-        known = {spec.name: spec for spec in fields(cls)}
-        unknown = sorted(str(name) for name in payload if name not in known)
-        if unknown:
-            raise ProtocolError(f"unknown field {unknown[0]!r}; known fields: {', '.join(known)}")
-        hints = _hints(typing.cast(Hashable, cls))
+        known = _fields(typing.cast(Hashable, cls))
+        for name, value in payload.items():
+            spec = known.get(name)
+            if spec is None:
+                raise ProtocolError(f"unknown field {name!r}; known fields: {', '.join(known)}")
+            if type(value) not in spec.exact and not _conforms(value, spec.expected):
+                raise ProtocolError(f"field {name!r} has the wrong type: {type(value).__name__}")
         for name, spec in known.items():
-            if name not in payload:
-                if spec.default is MISSING and spec.default_factory is MISSING:
-                    raise ProtocolError(f"missing field {name!r}")
-            elif not _conforms(payload[name], hints[name]):
-                raise ProtocolError(f"field {name!r} has the wrong type: {type(payload[name]).__name__}")
+            if spec.required and name not in payload:
+                raise ProtocolError(f"missing field {name!r}")
         return cls(**payload)
 
     def to_json(self) -> dict[str, Any]:
-        """The message as a value that `json.dumps` takes."""
-        return asdict(self)
+        """The message as a value that `json.dumps` takes; it shares the message's lists and dictionaries."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

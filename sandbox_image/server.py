@@ -58,6 +58,7 @@ REMEDY = (
     "--security-opt systempaths=unconfined; or give up isolation with --isolation none"
 )
 MAX_EXECUTION_ID_CHARACTERS = 1024
+_JSON_HEADERS = {"Content-Type": "application/json"}
 _NDJSON = "application/x-ndjson"
 _LOG = logging.getLogger("sandbox_image")
 
@@ -247,7 +248,7 @@ async def _stream(response: web.StreamResponse, lines: asyncio.Queue[BatchLine],
 
 
 def _json(payload: object, status: int = 200) -> web.Response:
-    return web.Response(body=json.dumps(payload).encode(), status=status, content_type="application/json")
+    return web.Response(body=json.dumps(payload).encode(), status=status, headers=_JSON_HEADERS)
 
 
 def _failed(error: RequestError) -> web.Response:

@@ -80,17 +80,14 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
         ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
         BoxError: the box died.
     """
-    _check_text("command", arguments.command)
-    cwd = None if arguments.cwd is None else _relative_to_workspace(arguments.cwd)
-    for name, value in (arguments.env or {}).items():
-        if not name or "=" in name:
-            raise ToolError(f"env: {name!r} is not a name of a variable")
-        _check_text(f"env: {name}", name + value)
-    if sum(len(name) + len(value) for name, value in (arguments.env or {}).items()) > MAX_ENVIRONMENT_BYTES:
-        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} characters")
+    command = _encoded("command", arguments.command)
+    cwd = b"" if arguments.cwd is None else _relative_to_workspace(arguments.cwd)
+    variables = [_variable(name, value) for name, value in (arguments.env or {}).items()]
+    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
+        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
     buffer = OutputBuffer(arguments.max_output_bytes)
     start = time.monotonic()
-    end = await box.run(arguments.command, buffer.write, timeout_s, cwd=cwd, env=arguments.env)
+    end = await box.run(command, buffer.write, timeout_s, cwd=cwd, variables=variables)
     if end.expired:
         error: str | None = f"timed out after {timeout_s:g} s"
     elif end.error is not None:
@@ -112,18 +109,23 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
     )
 
 
-def _check_text(what: str, text: str) -> None:
+def _encoded(what: str, text: str) -> bytes:
     if "\0" in text:
         raise ToolError(f"{what}: contains a NUL character")
     try:
-        text.encode("utf-8", "surrogateescape")
+        return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise ToolError(f"{what}: contains a lone surrogate, which is not text: {error.reason}") from error
+        raise ToolError(f"{what}: contains a lone surrogate at character {error.start}, which is not text") from error
 
 
-def _relative_to_workspace(path: str) -> str:
-    _check_text("cwd", path)
+def _variable(name: str, value: str) -> bytes:
+    if not name or "=" in name:
+        raise ToolError(f"env: {name!r} cannot be the name of a variable")
+    return _encoded(f"env: {name!r}", f"{name}={value}")
+
+
+def _relative_to_workspace(path: str) -> bytes:
     whole = posixpath.normpath(posixpath.join(WORKSPACE, path))
     if whole != WORKSPACE and not whole.startswith(f"{WORKSPACE}/"):
         raise ToolError(f"cwd: {path} is outside of the workspace")
-    return posixpath.relpath(whole, WORKSPACE)
+    return _encoded("cwd", posixpath.relpath(whole, WORKSPACE))

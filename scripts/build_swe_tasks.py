@@ -27,7 +27,7 @@ from hermes_envs.task_building.validation import validate
 
 def main() -> int:
     arguments = parse_arguments()
-    output: Path = arguments.output
+    output: Path = arguments.output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         sys.stderr.write(f"--output: {output} is not an empty directory\n")
         return 2

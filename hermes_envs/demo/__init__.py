@@ -1,7 +1,7 @@
 """The tasks that ship with the package: small libraries written for this, each with several bugs.
 
-`repositories/NAME` is a library as it should be. `bugs/NAME` has for each bug the patch that puts it in (`BUG.patch`), the issue
-that a user might have written about it (`BUG.md`) and which tests tell (`BUG.json`).
+`repositories/NAME` is a library as it should be. `bugs/NAME` has for each bug the patch that puts it in (`BUG.patch`), the
+issue that a user might have written about it (`BUG.md`) and which tests tell (`BUG.json`).
 """
 
 from __future__ import annotations

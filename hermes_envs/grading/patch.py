@@ -74,7 +74,8 @@ async def apply_patch(workspace: Workspace, patch: bytes, protection: Protection
     scratch = f"{WORKSPACE}/.apply-{secrets.token_hex(8)}"
     await _must_write(workspace, f"{scratch}/patch", patch)
     result = await workspace.run(
-        f"{_GIT} apply --index --binary --whitespace=nowarn {scratch}/patch"
+        # Copying a layer changes what the index remembers of each file; nothing else has changed them.
+        f"{_GIT} update-index -q --refresh && {_GIT} apply --index --binary --whitespace=nowarn {scratch}/patch"
         f" && {_GIT} {_DIFF} --raw -z HEAD > {scratch}/changes",
         cwd=REPOSITORY,
         env=_clean_home(scratch),

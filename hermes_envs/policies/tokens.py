@@ -119,7 +119,7 @@ class TokensConversation(Conversation):
     def _record(self, segment: Segment, prompt: list[int], sample: Sample) -> None:
         segment.extend_prompt(prompt)
         segment.sample(sample.token_ids, sample.logprobs)
-        if segment not in self.rollout.segments[-1:]:
+        if not self.rollout.segments or segment is not self.rollout.segments[-1]:
             self.rollout.segments.append(segment)
         self.rollout.engine_calls += 1
         self.rollout.check()

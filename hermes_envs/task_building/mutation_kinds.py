@@ -1,20 +1,23 @@
 """The ways in which a bug is put into code, each a small change of the syntax tree.
 
-The kinds follow the procedural modification of SWE-smith (https://arxiv.org/abs/2504.21798). Each function yields the edits that it
-can make at one node; whether the outcome is Python and differs is checked by `mutation.py`.
+The kinds follow the procedural modification of SWE-smith (https://arxiv.org/abs/2504.21798). Each function yields the edits
+that it can make at one node; whether the outcome is Python and differs is checked by `mutation.py`.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from hermes_envs.task_building.source_text import Edit, SourceText
 
 Edits = tuple[Edit, ...]
 Kind = Callable[[SourceText, ast.AST], Iterator[Edits]]
 
-_ARITHMETIC = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "/", "%": "//", "**": "*", "&": "|", "|": "&", "<<": ">>", ">>": "<<"}
+_ARITHMETIC = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "/", "%": "//", "**": "*", "&": "|", "|": "&"}
+_ARITHMETIC |= {"<<": ">>", ">>": "<<"}
+_ASSIGNMENT = {f"{old}=": f"{new}=" for old, new in _ARITHMETIC.items()}
 _COMPARISON = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in", "not in": "in"}
 _COMPARISON |= {"is": "is not", "is not": "is"}
 _ATOMS = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant)
@@ -28,14 +31,14 @@ def arithmetic_operator(source: SourceText, node: ast.AST) -> Iterator[Edits]:
             return
         yield from _replaced_operator(source, node.left, node.right, _ARITHMETIC)
     elif isinstance(node, ast.AugAssign):
-        yield from _replaced_operator(source, node.target, node.value, {f"{old}=": f"{new}=" for old, new in _ARITHMETIC.items()})
+        yield from _replaced_operator(source, node.target, node.value, _ASSIGNMENT)
 
 
 def comparison(source: SourceText, node: ast.AST) -> Iterator[Edits]:
     """`a < b` -> `a <= b`"""
     if isinstance(node, ast.Compare):
         operands = [node.left, *node.comparators]
-        for left, right in zip(operands, operands[1:], strict=False):
+        for left, right in pairwise(operands):
             yield from _replaced_operator(source, left, right, _COMPARISON)
 
 
@@ -109,21 +112,19 @@ def swapped_arguments(source: SourceText, node: ast.AST) -> Iterator[Edits]:
     # These fail on any exchanged arguments, however they are used.
     if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "hasattr", "getattr", "setattr"):
         return
-    for left, right in zip(node.args, node.args[1:], strict=False):
-        yield _swap(source, left, right)
+    for left, right in pairwise(node.args):
+        yield from _swap(source, left, right)
 
 
 def swapped_branches(source: SourceText, node: ast.AST) -> Iterator[Edits]:
     """The bodies of `if` and `else` change places, also in `a if c else b`."""
     if isinstance(node, ast.IfExp):
         if isinstance(node.body, _ATOMS) and isinstance(node.orelse, _ATOMS):
-            yield _swap(source, node.body, node.orelse)
+            yield from _swap(source, node.body, node.orelse)
     elif isinstance(node, ast.If) and node.orelse and not _is_elif(source, node.orelse[0]):
         bodies = [(node.body[0], node.body[-1]), (node.orelse[0], node.orelse[-1])]
         if all(source.owns_its_lines(first, last) for first, last in bodies):
-            spans = [
-                (source.line_start(first.lineno), source.line_start((last.end_lineno or 0) + 1)) for first, last in bodies
-            ]
+            spans = [_span(source, first, last) for first, last in bodies]
             texts = [source.text[start:end] for start, end in spans]
             if all(text.endswith("\n") for text in texts):
                 yield Edit(*spans[0], texts[1]), Edit(*spans[1], texts[0])
@@ -135,7 +136,7 @@ def changed_return(source: SourceText, node: ast.AST) -> Iterator[Edits]:
         return
     value = node.value
     if isinstance(value, ast.Tuple) and len(value.elts) >= 2:
-        yield _swap(source, value.elts[0], value.elts[1])
+        yield from _swap(source, value.elts[0], value.elts[1])
     elif isinstance(value, (ast.Compare, ast.BoolOp)) or (isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not)):
         yield (_negation(source, value),)
     elif isinstance(value, (ast.Call, ast.List, ast.Dict, ast.ListComp, ast.DictComp)):
@@ -185,11 +186,12 @@ def _shifted(source: SourceText, bound: ast.expr) -> Iterator[Edits]:
         yield (Edit(start, end, f"{text} + 1"),)
 
 
-def _swap(source: SourceText, left: ast.AST, right: ast.AST) -> Edits:
-    return (
-        Edit(source.start(left), source.end(left), source.of(right)),
-        Edit(source.start(right), source.end(right), source.of(left)),
-    )
+def _swap(source: SourceText, left: ast.AST, right: ast.AST) -> Iterator[Edits]:
+    if source.of(left) != source.of(right):
+        yield (
+            Edit(source.start(left), source.end(left), source.of(right)),
+            Edit(source.start(right), source.end(right), source.of(left)),
+        )
 
 
 def _without(source: SourceText, block: list[ast.stmt], statement: ast.stmt) -> Iterator[Edits]:
@@ -199,6 +201,14 @@ def _without(source: SourceText, block: list[ast.stmt], statement: ast.stmt) -> 
         yield (Edit(source.start(statement), source.end(statement), "pass"),)
     else:
         yield (Edit(source.line_start(statement.lineno), source.line_start((statement.end_lineno or 0) + 1), ""),)
+
+
+def _span(source: SourceText, first: ast.stmt, last: ast.stmt) -> tuple[int, int]:
+    """The lines from one statement to another, and those of comments above them."""
+    line = first.lineno
+    while source.line(line - 1).lstrip().startswith("#"):
+        line -= 1
+    return source.line_start(line), source.line_start((last.end_lineno or 0) + 1)
 
 
 def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:

@@ -28,7 +28,7 @@ def write_problem_statement(functions: Sequence[FunctionInfo], failures: Mapping
     shown = examples[:_SHOWN_EXAMPLES]
     parts += [_example(failure, hidden) for failure in shown]
     if len(examples) > len(shown):
-        parts.append(f"I have seen {len(examples) - len(shown)} more cases of this kind.")
+        parts.append(f"That is not all: {len(examples) - len(shown)} more of my examples fail in other ways.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,8 +55,12 @@ def _promise(function: FunctionInfo) -> str:
 
 def _distinct(failures: Iterable[Failure]) -> list[Failure]:
     """One failure for each way to fail, those that are told in few words first."""
+
+    def length(failure: Failure) -> tuple[int, str, str]:
+        return len(failure.code) + len(failure.message), failure.code, failure.message
+
     found: dict[str, Failure] = {}
-    for failure in sorted(failures, key=lambda failure: (len(failure.code) + len(failure.message), failure.code, failure.message)):
+    for failure in sorted(failures, key=length):
         if failure.message:
             found.setdefault(failure.message.split("\n", 1)[0], failure)
     return list(found.values())

@@ -38,14 +38,9 @@ async def fetch(package: str, scratch: Path) -> SourceDistribution:
         TaskBuildError: pip cannot get it, or the archive is malformed; the message is one line.
     """
     archive = Path(package)
-    if not archive.is_file():
+    if not await asyncio.to_thread(archive.is_file):
         archive = await _download(package, scratch / "download")
-    unpacked = scratch / "unpacked"
-    await asyncio.to_thread(_unpack, archive, unpacked)
-    trees = [path for path in unpacked.iterdir() if path.is_dir()]
-    if len(trees) != 1:
-        raise TaskBuildError(f"{archive.name}: expected one folder, found {len(trees)}")
-    return _describe(trees[0])
+    return await asyncio.to_thread(_unpack, archive, scratch / "unpacked")
 
 
 async def build_wheels(requirements: Sequence[str], folder: Path) -> None:
@@ -104,13 +99,13 @@ async def _download(requirement: str, folder: Path) -> Path:
         await run_pip(*command, "--no-build-isolation", requirement)
     except TaskBuildError:
         await run_pip(*command, requirement)
-    archives = sorted(folder.iterdir())
+    archives = await asyncio.to_thread(lambda: sorted(folder.iterdir()))
     if len(archives) != 1:
         raise TaskBuildError(f"{requirement}: pip left {len(archives)} archives")
     return archives[0]
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack(archive: Path, folder: Path) -> SourceDistribution:
     """Unpack regular files alone: no links, no devices, nothing outside of the folder, nothing compiled."""
     folder.mkdir(parents=True)
     try:
@@ -119,7 +114,12 @@ def _unpack(archive: Path, folder: Path) -> None:
         else:
             _unpack_tar(archive, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as reason:
-        raise TaskBuildError(f"{archive.name}: {reason}") from reason
+        message = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(":")
+        raise TaskBuildError(f"{archive.name}: {message}") from reason
+    trees = [path for path in folder.iterdir() if path.is_dir()]
+    if len(trees) != 1:
+        raise TaskBuildError(f"{archive.name}: expected one folder, found {len(trees)}")
+    return _describe(trees[0])
 
 
 def _unpack_tar(archive: Path, folder: Path) -> None:

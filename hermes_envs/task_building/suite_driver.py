@@ -2,17 +2,19 @@
 
     python -I -B suite_driver.py REQUEST
 
-`REQUEST` is a JSON file with `root`, `report`, `max_memory_bytes`, and `trace_calls` (whether to report which functions were called).
-Standard library and pytest only.
+`REQUEST` is a JSON file with `root`, `report`, `max_memory_bytes`, and `trace_calls`: whether to report which functions were
+called. Standard library and pytest only.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
 import resource
 import sys
+import textwrap
 import threading
 from types import FrameType
 from typing import Any
@@ -52,16 +54,25 @@ def _safe_repr(value: object) -> str:
 
 
 def _code_up_to_failure(node: Any, excinfo: Any) -> str:
-    """The lines of the test's function from its first to the failing one."""
+    """The lines of the test's function from its first to the end of the failing statement."""
     try:
         lines, first = inspect.getsourcelines(inspect.unwrap(node.function))
-    except (OSError, TypeError):
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
         return ""
     for entry in excinfo.traceback:
-        if str(entry.path) == str(node.path) and first <= entry.lineno + 1 < first + len(lines):
-            statement = entry.statement
-            return "".join(lines[: entry.lineno + 1 - first + len(statement.lines)])
+        # Traceback entries count lines from 0.
+        line = entry.lineno + 2 - first
+        if str(entry.path) == str(node.path) and 1 <= line <= len(lines):
+            return "".join(lines[: _end_of_statement(tree, line)])
     return ""
+
+
+def _end_of_statement(tree: ast.Module, line: int) -> int:
+    """The last line of the innermost statement at a line."""
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    around = [statement for statement in statements if statement.lineno <= line <= (statement.end_lineno or 0)]
+    return max(around, key=lambda statement: statement.lineno).end_lineno or line
 
 
 class CallTracer:

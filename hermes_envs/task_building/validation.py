@@ -42,7 +42,7 @@ async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[fl
     with tempfile.TemporaryDirectory() as scratch:
         groups = Path(scratch) / "groups.jsonl"
         flags = {
-            "dataset_name": os.path.abspath(folder),
+            "dataset_name": str(folder),
             "policy": policy,
             "group_size": str(_GROUP_SIZE),
             "total_steps": str(count),

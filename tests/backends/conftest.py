@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
+import pytest_asyncio
 
+from backends import BackendOptions, ToolBackend, create_tool_backend
 from backends.client import SlotServerClient
 
 Reply = Callable[["Visit"], Awaitable[None]]
@@ -104,3 +109,91 @@ async def lying_server() -> AsyncIterator[Callable[..., Awaitable[LyingServer]]]
     for listener in opened:
         listener.close()
         await listener.wait_closed()
+
+
+class Provider(Protocol):
+    """How the conformance suite gets a backend, and hurts it."""
+
+    def make(self, **options: Any) -> ToolBackend:
+        """A backend that has not been started; `slots` is how many it shall have."""
+
+    def kill(self) -> None:
+        """Kill its only sandbox, as hard as can be."""
+
+    def remains(self) -> list[str]:
+        """What is left of all backends made so far: processes and files."""
+
+
+class LocalProvider:
+    """The local backend, in a directory that belongs to one test or module."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def make(self, *, slots: int = 4, **options: Any) -> ToolBackend:
+        return create_tool_backend(BackendOptions(local_slots=slots, local_data_dir=str(self.directory), **options))
+
+    def kill(self) -> None:
+        (pid,) = [pid for pid, command in processes() if str(self.directory) in command and parent(pid) == os.getpid()]
+        os.kill(pid, signal.SIGKILL)
+
+    def remains(self) -> list[str]:
+        return remains_below(self.directory)
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    """All processes that can be seen, with their command lines; zombies have none."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                command = Path(f"/proc/{name}/cmdline").read_bytes()
+            except OSError:
+                continue
+            yield int(name), command.replace(b"\0", b" ").decode(errors="replace")
+
+
+def remains_below(directory: Path) -> list[str]:
+    """Processes whose command line names the directory, and what is in it."""
+    running = [f"{pid}: {command}" for pid, command in processes() if str(directory) in command and pid != os.getpid()]
+    return running + ([str(path) for path in directory.iterdir()] if directory.exists() else [])
+
+
+def parent(pid: int) -> int | None:
+    """The process id of a process' parent."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(status.rpartition(")")[2].split()[1])
+
+
+PROVIDERS = {"local": LocalProvider}
+
+
+@pytest.fixture(scope="module", params=list(PROVIDERS))
+def provider_name(request: pytest.FixtureRequest) -> str:
+    """The backends that the conformance suite runs on."""
+    return str(request.param)
+
+
+@pytest.fixture
+def provider(provider_name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Provider]:
+    """For tests that need a backend of their own; nothing may be left of it."""
+    provider = PROVIDERS[provider_name](tmp_path_factory.mktemp("own"))
+    yield provider
+    assert provider.remains() == []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def backend(provider_name: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ToolBackend]:
+    """A backend with four slots for tests that leave it as they found it; nothing may be left of it at the end."""
+    provider = PROVIDERS[provider_name](tmp_path_factory.mktemp("shared"))
+    async with provider.make(slots=4, acquire_timeout_s=30) as backend:
+        yield backend
+    assert provider.remains() == []
+
+
+@pytest.fixture
+def remains() -> Callable[[Path], list[str]]:
+    """What backends have left in or around a directory: processes and files."""
+    return remains_below

@@ -24,6 +24,7 @@ from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.model import RandomModel
+from tests.engine.tokenizer import token_ids
 
 Dialect = Literal["sglang", "vllm", "tinker"]
 
@@ -71,7 +72,7 @@ class Engine:
         self.asked, self.aborted = asyncio.Event(), asyncio.Event()
         self.dialect = dialect
         self._tokenizer = tokenizer
-        favoured = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "</think>"])
+        favoured = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "</think>")
         self.model = RandomModel(len(tokenizer), favoured)
         self._random = numpy.random.default_rng(7)
         self._script = script

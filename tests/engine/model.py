@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy
+from numpy.typing import NDArray
 
 
 class RandomModel:
@@ -17,10 +18,11 @@ class RandomModel:
         self._size = vocabulary_size
         self._favoured = list(favoured)
 
-    def logprobs(self, context: Sequence[int], temperature: float = 1.0) -> numpy.ndarray:
+    def logprobs(self, context: Sequence[int], temperature: float = 1.0) -> NDArray[numpy.float64]:
         """Natural logarithms of the next token's probabilities, shape (vocabulary_size,)."""
         digest = hashlib.blake2b(array("I", context).tobytes(), digest_size=8).digest()
         logits = numpy.random.default_rng(int.from_bytes(digest)).normal(0.0, 1.5, self._size)
         logits[self._favoured] += 4.0
         logits /= temperature
-        return logits - logits.max() - numpy.log(numpy.exp(logits - logits.max()).sum())
+        normaliser: float = numpy.log(numpy.exp(logits - logits.max()).sum()) + logits.max()
+        return logits - normaliser

@@ -1,10 +1,16 @@
-"""atroposlib's servers for a fake engine."""
+"""What talks to a fake engine: atroposlib's servers and the policy behind them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from atroposlib.envs.server_handling.server_manager import ServerManager
 from transformers import PreTrainedTokenizerFast
+
+from hermes_envs.policies.tokens import TokensPolicy
+from hermes_envs.policies.tokens_options import TokensOptions
+from tests.engine.engine import Engine
 
 
 def server_manager(
@@ -25,3 +31,9 @@ def server_manager(
             for base_url in base_urls
         ]
     )
+
+
+def policy_for(engine: Engine, tokenizer: PreTrainedTokenizerFast, *, timeout_s: int = 30, **options: Any) -> TokensPolicy:
+    """A policy with turns of at most 60 tokens unless `options` say otherwise."""
+    server = server_manager(tokenizer, engine.base_url, server_type=engine.dialect, timeout_s=timeout_s)
+    return TokensPolicy(server, tokenizer, TokensOptions(**{"agent_max_tokens": 60} | options))

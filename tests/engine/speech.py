@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerFast
 
-from tests.engine.tokenizer import byte_tokens
+from tests.engine.tokenizer import byte_tokens, token_ids
+
+
+def says(tokenizer: PreTrainedTokenizerFast, text: str) -> Callable[[list[int]], list[int]]:
+    """A model that always answers this."""
+    return lambda prompt: tokenizer.encode(text, add_special_tokens=False)
 
 
 class Speech:
@@ -17,7 +23,7 @@ class Speech:
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
         self.kinds: list[str] = []
-        self._end, self._end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self._end, self._end_of_text = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>")
 
     def __call__(self, prompt: list[int]) -> list[int]:
         """Another kind of turn each time. A turn without an end is cut by the engine's limit or goes on at random."""
@@ -68,7 +74,7 @@ class Speech:
         return [*self._ids("<think>\nWhat is there?\n</think>\n\n" + self._call()), self._end]
 
     def _call_in_bytes(self) -> list[int]:
-        opening, closing = self._tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+        opening, closing = token_ids(self._tokenizer, "<tool_call>", "</tool_call>")
         return [opening, *self._bytes('\n{"name": "bash", "arguments": {"command": "ls ä"}}\n'), closing, self._end]
 
     def _words_in_bytes(self) -> list[int]:

@@ -41,7 +41,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -52,10 +52,17 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
+def token_ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
+    """The ids of tokens by their names."""
+    found = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert isinstance(found, list)
+    return found
+
+
 def byte_tokens(tokenizer: PreTrainedTokenizerFast, data: bytes) -> list[int]:
     """One token for each byte: a way to say a text that the tokenizer itself would never choose, broken UTF-8 included."""
     # Byte-level BPE writes a byte as a printable character: itself where it is one, else from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
-    return [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in data]
+    return token_ids(tokenizer, *(letters[byte] for byte in data))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentTask
@@ -16,24 +16,31 @@ from hermes_envs.trajectory import Score
 from tests.grading.cheats import CHEATS, Cheat
 from tests.support.small_task import BUGGY, write_task_folder
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 class ScriptedEnv(SweSmithEnv):
     """Plays given calls instead of the reference solution."""
 
     script: tuple[ToolCall, ...] = ()
-    solution: tuple[ToolCall, ...] = ()
 
     async def build_task(self, item: SweTask) -> AgentTask:
-        task = await super().build_task(item)
-        self.solution = tuple(task.reference or ())
-        return dataclasses.replace(task, reference=self.script)
+        return dataclasses.replace(await super().build_task(item), reference=self.script)
+
+    async def solution(self, item: SweTask) -> tuple[ToolCall, ...]:
+        """The reference solution."""
+        return tuple((await super().build_task(item)).reference or ())
 
 
-@pytest.fixture
-async def env(tmp_path: Path) -> AsyncIterator[ScriptedEnv]:
-    folder = write_task_folder(tmp_path / "tasks")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def env(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ScriptedEnv]:
+    folder = tmp_path_factory.mktemp("cheats")
     config = SweSmithConfig(
-        dataset_name=str(folder), policy="oracle", use_wandb=False, local_slots=2, cache_directory=str(tmp_path / "cache")
+        dataset_name=str(write_task_folder(folder / "tasks")),
+        policy="oracle",
+        use_wandb=False,
+        local_slots=2,
+        cache_directory=str(folder / "cache"),
     )
     environment = ScriptedEnv(config, [APIServerConfig(base_url="", health_check=False)])
     async with environment.running():
@@ -44,10 +51,10 @@ def calls(commands: tuple[str, ...]) -> tuple[ToolCall, ...]:
     return tuple(ToolCall(f"cheat-{number}", "terminal", {"command": command}) for number, command in enumerate(commands))
 
 
-async def play(env: ScriptedEnv, script: tuple[ToolCall, ...]) -> Score:
+async def play(env: ScriptedEnv, script: tuple[ToolCall, ...], *, after_the_fix: bool = False) -> Score:
     item = await env.get_next_item()
     assert item is not None
-    env.script = script
+    env.script = (*await env.solution(item), *script) if after_the_fix else script
     trajectory = await env.run_agent(item)
     assert trajectory.score is not None
     return trajectory.score
@@ -58,9 +65,7 @@ async def test_a_cheat_earns_nothing_and_the_fix_earns_all(env: ScriptedEnv, che
     score = await play(env, calls(cheat.commands))
     assert score.value == 0, score
 
-    await play(env, ())
-    script = (*env.solution, *calls(cheat.commands)) if cheat.spares_code else env.solution
-    fixed = await play(env, script)
+    fixed = await play(env, calls(cheat.commands) if cheat.spares_code else (), after_the_fix=True)
     assert fixed.value == 1, fixed
 
 

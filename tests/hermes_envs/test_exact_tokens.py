@@ -20,8 +20,9 @@ from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
 from tests.engine.engine import Dialect, Engine, Exchange
 from tests.engine.servers import server_manager
 from tests.engine.speech import Speech
+from tests.engine.tokenizer import token_ids
 
-TOOLS: list[dict[str, Any]] = [
+TOOLS: list[Any] = [
     {
         "type": "function",
         "function": {
@@ -130,7 +131,7 @@ def check_segments(played: Played) -> None:
 
 def check_text_between_turns(tokenizer: PreTrainedTokenizerFast, played: Played) -> None:
     """Between two turns stands what the chat template itself puts there: it renders a sentinel in place of the answer."""
-    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    stops = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     turn_numbers = Counter[int]()
     for new_messages, _, number in played.steps:
         segment = played.conversation.rollout.segments[number]

@@ -86,7 +86,7 @@ def test_a_logprob_above_zero_by_rounding_is_kept_as_it_came() -> None:
 )
 def test_check_finds_each_spoiled_entry(field: str, index: int, value: float, complaint: str) -> None:
     segment = two_turns()
-    {"tokens": segment.tokens, "masks": segment.masks, "logprobs": segment.logprobs}[field][index] = value  # type: ignore[index,call-overload]
+    {"tokens": segment.tokens, "masks": segment.masks, "logprobs": segment.logprobs}[field][index] = value  # type: ignore[index]
 
     with pytest.raises(InexactRolloutError, match=complaint):
         Rollout("r", [two_turns(), segment]).check()

@@ -1,0 +1,198 @@
+"""What is the local backend's own: its child process, its directory, its options."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+import backends
+from backends import BackendConfigError, BackendOptions, create_tool_backend
+
+CHECKOUT = Path(backends.__path__[0]).parent
+
+
+AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+Remains = Callable[[Path], list[str]]
+
+
+async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains: Remains) -> None:
+    data = tmp_path / "data"
+    program = """
+        import asyncio, sys
+        from backends import BackendOptions, create_tool_backend
+
+        async def main():
+            async with create_tool_backend(BackendOptions(local_slots=2, local_data_dir=sys.argv[1])) as backend:
+                async with backend.slot("one") as slot:
+                    await backend.execute(slot, "write_file", {"path": "file", "content": "x"})
+                    print("ready", flush=True)
+                    await backend.execute(slot, "bash", {"command": "setsid sleep 1000 & sleep 1000"}, timeout_s=1000)
+
+        asyncio.run(main())
+    """
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", textwrap.dedent(program), str(data)),
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    assert await parent.stdout.readline() == b"ready\n"
+    # The command is to be running, too.
+    await asyncio.sleep(0.5)
+    assert len(remains(data)) >= 3
+    parent.send_signal(signal.SIGKILL)
+    await parent.wait()
+    for _ in range(200):
+        if not remains(data):
+            break
+        await asyncio.sleep(0.05)
+    assert remains(data) == []
+
+
+async def test_the_way_to_the_server_is_closed_to_others(tmp_path: Path) -> None:
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path))):
+        (directory,) = os.listdir(tmp_path)
+        assert stat.S_IMODE(os.stat(tmp_path / directory / "socket").st_mode) & 0o077 == 0
+        assert stat.S_IMODE(os.stat(tmp_path / directory).st_mode) & 0o022 == 0
+
+
+def environments_below(directory: Path) -> list[bytes]:
+    """The environments of the processes whose command line names the directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(directory).encode() in (process / "cmdline").read_bytes():
+                found.append((process / "environ").read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+async def test_the_server_gets_an_environment_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_API_KEY", "open sesame")
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path))) as backend:
+        environments = environments_below(tmp_path)
+        assert environments
+        assert not any(b"open sesame" in environment for environment in environments)
+        async with backend.slot("trajectory") as slot:
+            result = await backend.execute(slot, "bash", {"command": "env"})
+        assert "open sesame" not in result.output
+
+
+async def test_no_isolation_must_be_asked_for_twice(tmp_path: Path) -> None:
+    with pytest.raises(BackendConfigError, match="require_sandbox"):
+        await create_tool_backend(BackendOptions(local_isolation="none", local_data_dir=str(tmp_path))).start()
+    options = BackendOptions(local_isolation="none", require_sandbox=False, local_slots=1, local_data_dir=str(tmp_path))
+    async with create_tool_backend(options) as backend, backend.slot("trajectory") as slot:
+        result = await backend.execute(slot, "bash", {"command": "echo hi"})
+        assert (result.output, result.metadata["sandboxed"]) == ("hi\n", False)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_server_that_cannot_start_says_why(tmp_path: Path, remains: Remains, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bubblewrap on PATH the server refuses, and its reason and remedy are the exception's text."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendConfigError, match="bubblewrap") as caught:
+        await create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path / "data"))).start()
+    assert "\n" not in str(caught.value)
+    assert remains(tmp_path / "data") == []
+
+
+async def test_a_directory_that_is_too_deep(tmp_path: Path) -> None:
+    with pytest.raises(BackendConfigError, match="local_data_dir"):
+        await create_tool_backend(BackendOptions(local_data_dir=str(tmp_path / ("x" * 100)))).start()
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    os.close(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(BackendConfigError, match="file"):
+        await create_tool_backend(BackendOptions(local_data_dir=str(tmp_path / "file"))).start()
+
+
+@pytest.mark.parametrize("mode", ["docker", "nomad", "modal"])
+def test_modes_that_this_version_lacks(mode: Any) -> None:
+    with pytest.raises(BackendConfigError, match=f"tool_pool_mode: '{mode}'.*available: local") as caught:
+        create_tool_backend(BackendOptions(tool_pool_mode=mode))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tool_pool_mode": "cloud"},
+        {"local_slotz": 3},
+        {"local_slots": 0},
+        {"local_isolation": "chroot"},
+        {"acquire_timeout_s": -1},
+        {"tool_max_batch_size": 0},
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(pydantic.ValidationError, match=next(iter(options))):
+        BackendOptions(**options)
+
+
+def test_the_public_names_exist() -> None:
+    assert sorted(backends.__all__) == backends.__all__
+    assert all(hasattr(backends, name) for name in backends.__all__)
+
+
+@pytest.fixture
+def directory_of_nobody() -> Iterator[Path]:
+    """A directory that belongs to the user `nobody`. `tmp_path` is below one that pytest closes to all other users."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user; the suite itself has run as an ordinary user already")
+    with tempfile.TemporaryDirectory(prefix="hermes-") as name:
+        shutil.chown(name, "nobody", "nogroup")
+        yield Path(name)
+
+
+@pytest.fixture
+def interpreter_of_nobody(directory_of_nobody: Path) -> Path:
+    """A Python with the packages of this one, that the user `nobody` can run."""
+    packages = [str(CHECKOUT), *(path for path in sys.path if path.endswith("-packages"))]
+    # It has to be able to start itself: setpriv, which was root a moment ago, can start more.
+    check = "import subprocess, sys, aiohttp, pytest, backends; subprocess.run([sys.executable, '-c', ''], check=True);"
+    check += f"sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    environment = directory_of_nobody / "environment"
+    for candidate in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        made = subprocess.run([candidate, "-m", "venv", "--without-pip", "--clear", environment], check=False)
+        if made.returncode == 0:
+            (site,) = environment.glob("lib/python*/site-packages")
+            (site / "borrowed.pth").write_text("\n".join(packages))
+            run = [*AS_NOBODY, environment / "bin/python", "-c", check]
+            if subprocess.run(run, cwd="/", capture_output=True, check=False).returncode == 0:
+                return environment / "bin/python"
+    pytest.skip("there is no Python of this version, with its packages, that the user nobody can run")
+
+
+def test_the_suite_as_an_ordinary_user(interpreter_of_nobody: Path, directory_of_nobody: Path) -> None:
+    """The conformance suite again, in a process without any privilege."""
+    suites = [Path(__file__).with_name("test_conformance.py"), Path(__file__).with_name("test_recovery.py")]
+    options = ["-q", "-x", "-c", CHECKOUT / "pyproject.toml", "-p", "no:cacheprovider", "--basetemp", directory_of_nobody / "t"]
+    done = subprocess.run(
+        [*AS_NOBODY, interpreter_of_nobody, "-m", "pytest", *suites, *options],
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "HOME": str(directory_of_nobody), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout

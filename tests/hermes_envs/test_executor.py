@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from backends.local import LocalBackend, LocalOptions
+from hermes_envs.tools.call import ToolCall
+from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.workspace import Workspace
+
+
+@pytest.fixture
+async def workspace() -> AsyncIterator[Workspace]:
+    async with LocalBackend(LocalOptions(local_slots=1)) as backend, backend.slot("test") as slot:
+        yield Workspace(backend, slot)
+
+
+def executor(**options: float) -> ToolExecutor:
+    return ToolExecutor(Toolsets().resolve(["default", "bash"]), ToolOptions.model_validate(options))
+
+
+def call(name: str, arguments: object, id: str = "call-1") -> ToolCall:
+    return ToolCall.parse(id, name, arguments)
+
+
+async def test_calls_become_words_for_the_model(workspace: Workspace) -> None:
+    run = executor()
+    written = await run.execute(workspace, call("write_file", {"path": "notes/a.txt", "content": "one\ntwo\n"}))
+    assert written.ok
+    assert (await run.execute(workspace, call("read_file", '{"path": "notes/a.txt"}'))).content == "one\ntwo"
+    assert (await run.execute(workspace, call("terminal", {"command": "wc -l < notes/a.txt"}))).content.strip() == "2"
+    assert (await run.execute(workspace, call("bash", {"command": "true"}))).content == "[no output]"
+
+    failed = await run.execute(workspace, call("terminal", {"command": "echo no; exit 3"}))
+    assert (failed.ok, failed.executed) == (False, True)
+    assert failed.content.startswith("no\n[")
+    assert "3" in failed.content
+
+
+async def test_the_working_directory_and_variables_of_the_workspace_are_used(workspace: Workspace) -> None:
+    await workspace.run("mkdir -p /workspace/deep/er")
+    workspace.cwd, workspace.env = "/workspace/deep", {"COLOUR": "blue"}
+    run = executor()
+    assert (await run.execute(workspace, call("terminal", {"command": "pwd; echo $COLOUR"}))).content == "/workspace/deep\nblue"
+    await run.execute(workspace, call("write_file", {"path": "er/x", "content": "here"}))
+    assert await workspace.read("deep/er/x") == b"here"
+    assert (await run.execute(workspace, call("read_file", {"path": "/workspace/deep/er/x"}))).content == "here"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (call("browser", {}), "there is no tool 'browser'"),
+        (call("terminal", {}), "'command' is a required property"),
+        (call("terminal", {"command": 3}), "3 is not of type 'string'"),
+        (call("terminal", {"command": "true", "shell": "zsh"}), "'shell' was unexpected"),
+        (call("terminal", {"command": "true", "timeout": 0}), "less than or equal to the minimum of 0"),
+        (call("terminal", '{"command": "tr'), "not valid JSON"),
+        (call("terminal", [1]), "must be a JSON object"),
+    ],
+)
+async def test_a_call_that_cannot_be_run_is_answered(workspace: Workspace, wrong: ToolCall, words: str) -> None:
+    result = await executor().execute(workspace, wrong)
+    assert (result.ok, result.executed) == (False, False)
+    assert result.content.startswith("Error: ")
+    assert words in result.content
+
+
+async def test_timeouts(workspace: Workspace) -> None:
+    run = executor(tool_timeout_s=0.5)
+    result = await run.execute(workspace, call("terminal", {"command": "echo started; sleep 60"}))
+    assert not result.ok
+    assert "started" in result.content
+    assert "timed out" in result.content
+    asked_for_more = await run.execute(workspace, call("terminal", {"command": "sleep 60", "timeout": 1000}))
+    assert asked_for_more.metadata["timeout"]
+
+
+async def test_long_output_is_cut_and_kept(workspace: Workspace) -> None:
+    run = executor(tool_output_max_chars=500)
+    result = await run.execute(workspace, call("terminal", {"command": "seq 1 5000"}, id="call/../1"))
+    assert len(result.content) < 800
+    assert result.content.startswith("1\n2\n")
+    assert result.content.endswith("\n5000")
+    path = "/workspace/.tool_output/call----1.txt"
+    assert path in result.content
+    assert (await workspace.read(path)).decode().split() == [str(number) for number in range(1, 5001)]
+
+
+async def test_what_a_model_writes_cannot_break_the_call(workspace: Workspace) -> None:
+    run = executor()
+    for command in ("printf '\\377\\376'", "echo '\ud800'", "x" * 300_000, "echo \0"):
+        result = await run.execute(workspace, call("terminal", {"command": command}))
+        assert isinstance(result.content, str)
+    assert (await run.execute(workspace, call("read_file", {"path": "../../etc/passwd"}))).ok is False
+    assert (await run.execute(workspace, call("read_file", {"path": "\0"}))).ok is False

@@ -1,0 +1,218 @@
+"""Real slot servers for tests: as a child process, as root or as an ordinary user, and a client that sends whatever it is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import pytest
+
+from sandbox_image.init import descendants
+from sandbox_image.trees import remove_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+OTHER_USER = "nobody"
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A slot server that listens; `directory` holds its socket and its data."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    ready: dict[str, Any]
+
+    @property
+    def socket(self) -> str:
+        """Path of its unix socket."""
+        return str(self.directory / "socket")
+
+    @property
+    def data(self) -> Path:
+        """Its data directory."""
+        return self.directory / "data"
+
+    def workspace(self, slot: int = 0) -> Path:
+        """Where a slot's workspace is on the host."""
+        return self.data / "slots" / f"slot_{slot}" / "root" / "workspace"
+
+    def processes(self) -> list[int]:
+        """The server and everything below it."""
+        return [self.process.pid, *descendants(self.process.pid)]
+
+    def inits(self) -> list[int]:
+        """The processes that are PID 1 of a box."""
+        return [pid for pid in self.processes() if "init.py" in command_line(pid) and "bwrap" not in command_line(pid)]
+
+    def stop(self) -> int:
+        """End it in order; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+def command_line(pid: int) -> str:
+    """A process's arguments; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] not in "ZX"
+
+
+def someone_runs(marker: str) -> bool:
+    """Whether a process anywhere has this text among its arguments."""
+    return any(marker in command_line(int(name)) for name in os.listdir("/proc") if name.isdigit())
+
+
+def eventually(condition: Any, seconds: float = 10.0) -> bool:
+    """Whether a condition comes true within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def server_command(directory: Path, *options: str, slots: int = 2) -> list[str]:
+    """The command line of a server in a directory."""
+    listen = ["--unix-socket", str(directory / "socket")]
+    return ["-P", "-m", "sandbox_image.server", *listen, "--data-dir", str(directory / "data"), "--slots", str(slots), *options]
+
+
+def environment() -> dict[str, str]:
+    """What a server needs, and a secret that nobody in a box may see."""
+    path = f"{ROOT}:{sysconfig.get_path('purelib')}"
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HIDDEN_SECRET": "s3cret-of-the-host", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _passable(path: str) -> bool:
+    return all(parent.stat().st_mode & stat.S_IXOTH for parent in Path(os.path.realpath(path)).parents)
+
+
+def as_other_user(directory: Path) -> list[str]:
+    """The beginning of a command line that runs the interpreter as an ordinary user; skips the test where that cannot be done."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    if not _passable(str(ROOT)) or not _passable(sysconfig.get_path("purelib")):
+        pytest.skip("another user cannot read this checkout")
+    become = ["setpriv", f"--reuid={OTHER_USER}", "--regid=nogroup", "--clear-groups"]
+    interpreter, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
+    if _passable(interpreter):
+        return [*become, interpreter]
+    # Show the interpreter at a place that the other user can reach, in a mount namespace of its own.
+    moved = directory / "python"
+    moved.mkdir()
+    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    visible = f"{moved}{interpreter.removeprefix(prefix)}"
+    return ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script, "sh", prefix, str(moved), *become, visible]
+
+
+@contextmanager
+def open_directory(*, other_user: bool = False) -> Iterator[Path]:
+    """An empty directory that every user can pass, unlike pytest's own."""
+    directory = Path(tempfile.mkdtemp(prefix="slot-server-test-"))
+    directory.chmod(0o711)
+    if other_user:
+        shutil.chown(directory, OTHER_USER, "nogroup")
+    try:
+        yield directory
+    finally:
+        remove_tree(directory)
+
+
+@contextmanager
+def running(*options: str, slots: int = 2, other_user: bool = False) -> Iterator[RunningServer]:
+    """A server for a while; afterwards neither a process of it nor its data may be left."""
+    with open_directory(other_user=other_user) as directory:
+        prefix = as_other_user(directory) if other_user else [sys.executable]
+        server = launch([*prefix, *server_command(directory, *options, slots=slots)], directory)
+        try:
+            yield server
+        finally:
+            below = server.processes()
+            status = server.stop()
+            server.process.stdout.close()  # type: ignore[union-attr]
+        assert status == 0
+        assert not [pid for pid in below if alive(pid)]
+        assert not server.data.exists()
+
+
+def launch(command: list[str], directory: Path, *, stdin: int | None = subprocess.DEVNULL) -> RunningServer:
+    """Start a server and wait until it listens; fails with what it printed if it does not."""
+    process = subprocess.Popen(command, cwd="/", env=environment(), stdin=stdin, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        pytest.fail(f"the server ended with status {process.wait()}")
+    return RunningServer(process, directory, json.loads(line))
+
+
+class Api:
+    """Requests to a server; each method gives the status and the decoded body."""
+
+    def __init__(self, session: aiohttp.ClientSession, slot: str = "slot_0") -> None:
+        self.session = session
+        self.slot = slot
+        self.lease = ""
+
+    @classmethod
+    def over(cls, server: RunningServer) -> Self:
+        """Over the server's unix socket."""
+        return cls(aiohttp.ClientSession("http://localhost", connector=aiohttp.UnixConnector(server.socket)))
+
+    async def post(self, route: str, payload: object, **options: Any) -> tuple[int, Any]:
+        """Send JSON."""
+        async with self.session.post(route, data=io.BytesIO(json.dumps(payload).encode()), **options) as response:
+            return response.status, json.loads(await response.read())
+
+    async def get(self, route: str) -> tuple[int, Any]:
+        """Ask."""
+        async with self.session.get(route) as response:
+            return response.status, json.loads(await response.read())
+
+    async def reset(self, **options: Any) -> dict[str, Any]:
+        """Reset the slot and take its new lease."""
+        status, state = await self.post("/reset", {"slot_id": self.slot, **options})
+        assert status == 200, state
+        self.lease = state["lease"]
+        return dict(state)
+
+    async def tool(self, tool: str, args: dict[str, Any], **options: Any) -> dict[str, Any]:
+        """Run a tool that the server must not refuse; its result."""
+        status, result = await self.post("/execute", {"slot_id": self.slot, "tool": tool, "args": args, **options})
+        assert status == 200, result
+        return dict(result)
+
+    async def bash(self, command: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+        """Run a command; its result."""
+        return await self.tool("bash", {"command": command, **args}, timeout=timeout)
+
+    async def output(self, command: str, **args: Any) -> str:
+        """The output of a command that must succeed."""
+        result = await self.bash(command, **args)
+        assert result["success"], result
+        return str(result["output"])
