@@ -30,7 +30,8 @@ class Slot:
 class Layer:
     """A named start of a workspace: `build` runs once per sandbox in a slot with network, its result is frozen and shared.
 
-    The slot in which it is built starts from `base`, if there is one. `build` raises to report that the layer cannot be built; nothing is kept then, and whoever asked gets the exception.
+    The slot in which it is built starts from `base`, if there is one. `build` raises to report that the layer cannot be built;
+    nothing is kept then, and whoever asked gets the exception.
     """
 
     name: str

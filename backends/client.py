@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Self, TypeVar
-
-import aiohttp
 
 from backends.codec import (
     EncodedCall,
@@ -25,9 +21,9 @@ from backends.codec import (
     read_list,
     read_message,
     read_result,
-    shown,
 )
 from backends.errors import ExecutionTimeoutError, SandboxError, SandboxProtocolError, SandboxUnavailableError
+from backends.http import ConnectionLostError, HttpAnswer, HttpClient, NotDeliveredError
 from sandbox_image.protocol import (
     MAX_FILE_BYTES,
     ArtifactArchive,
@@ -57,49 +53,15 @@ _ENTRY_BYTES = _JSON_ESCAPE * 4096 + 200
 _LISTING_BYTES = 256 << 20
 
 _PIECEWISE_ABOVE_BYTES = 1 << 18
-_STREAMED = {"Accept": "application/x-ndjson"}
-
 Answer = TypeVar("Answer")
 
 
-class _NotDeliveredError(SandboxUnavailableError):
-    """No connection: the request certainly did not run."""
-
-
-class _ConnectionLostError(SandboxUnavailableError):
-    """The connection broke after the request may have been read."""
-
-
-def _in_pieces(body: bytes | None) -> bytes | BytesIO | None:
-    """aiohttp writes bytes in one go, which holds the loop up when there are many."""
-    return BytesIO(body) if body is not None and len(body) > _PIECEWISE_ABOVE_BYTES else body
-
-
-def _broken(error: aiohttp.ClientError) -> SandboxError:
-    """What an exception of the HTTP library means."""
-    reason = shown(f"{type(error).__name__}: {error}")
-    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        return _NotDeliveredError(f"no connection to the slot server: {reason}")
-    if isinstance(error, aiohttp.ClientResponseError | aiohttp.InvalidURL):
-        return SandboxProtocolError(f"the slot server does not speak HTTP: {reason}")
-    return _ConnectionLostError(f"the connection to the slot server broke: {reason}")
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise SandboxProtocolError(f"the server's answer is longer than {limit} bytes")
-    return bytes(body)
-
-
-async def _lines(response: aiohttp.ClientResponse, count: int) -> AsyncIterator[bytes]:
+async def _lines(answer: HttpAnswer, count: int) -> AsyncIterator[bytes]:
     """The lines of a streamed answer, `count` at most, each of bounded length."""
     buffer = bytearray()
-    async for chunk in response.content.iter_any():
+    async for piece in answer.pieces():
         searched = len(buffer)
-        buffer += chunk
+        buffer += piece
         while (end := buffer.find(b"\n", searched)) >= 0:
             if count == 0:
                 raise SandboxProtocolError("the server's answer has more lines than the batch has calls")
@@ -118,12 +80,12 @@ async def _persist(attempt: Callable[[], Awaitable[Answer]], *, repeatable: bool
     while True:
         try:
             return await attempt()
-        except _NotDeliveredError:
+        except NotDeliveredError:
             pause = next(pauses, None)
             if pause is None:
                 raise
             await asyncio.sleep(pause)
-        except _ConnectionLostError:
+        except ConnectionLostError:
             if not repeatable:
                 raise
             repeatable = False
@@ -156,31 +118,13 @@ class SlotServerClient:
         unix_socket: Path | None = None,
         timeout_margin_s: float = TIMEOUT_MARGIN_S,
     ) -> None:
-        """`url` like `http://host:port`, or `unix_socket`; exactly one of them. Needs a running event loop.
+        """`url` like `http://host:port`, or `unix_socket`; exactly one of them.
 
         `timeout_margin_s` is what the server gets on top of a tool's own timeout before a call counts as unanswered.
         """
-        if (url is None) == (unix_socket is None):
-            raise ValueError("exactly one of url and unix_socket is needed")
-        connector: aiohttp.BaseConnector
-        if unix_socket is not None:
-            connector = aiohttp.UnixConnector(str(unix_socket), limit=0)
-        else:
-            connector = aiohttp.TCPConnector(limit=0)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._http = HttpClient(url=url, unix_socket=unix_socket, headers=headers)
         self._margin_s = timeout_margin_s
-        # A URL needs a host; over a unix socket it is not looked at.
-        self._url = (url or "http://slot-server").rstrip("/")
-        headers = {"Content-Type": "application/json"}
-        if token is not None:
-            headers["Authorization"] = f"Bearer {token}"
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            headers=headers,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # A compressed answer could be far larger than what was read.
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
-        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -190,7 +134,7 @@ class SlotServerClient:
 
     async def close(self) -> None:
         """Drop all connections."""
-        await self._session.close()
+        await self._http.close()
 
     async def execute(self, call: EncodedCall) -> ExecutionResult:
         """Run one tool. A call with an `execution_id` is asked for again, once, if the connection breaks.
@@ -300,7 +244,7 @@ class SlotServerClient:
         artifact: bool = False,
     ) -> object:
         """A request to any route but those that run tools: POST with a message, GET without."""
-        method, body = ("GET", None) if message is None else ("POST", encode(message))
+        method, body = ("GET", b"") if message is None else ("POST", encode(message))
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._request(method, route, body, limit=limit, repeatable=repeatable, artifact=artifact)
@@ -308,14 +252,14 @@ class SlotServerClient:
             raise SandboxUnavailableError(f"the slot server did not answer {method} {route} within {timeout_s:g} s") from None
 
     async def _request(
-        self, method: str, route: str, body: bytes | None, *, limit: int, repeatable: bool, artifact: bool = False
+        self, method: str, route: str, body: bytes, *, limit: int, repeatable: bool, artifact: bool = False
     ) -> object:
         """One request and its JSON answer, repeated as far as that is safe."""
 
         async def attempt() -> object:
-            async with self._send(method, route, body) as response:
-                payload = await _read(response, limit if response.status == 200 else _MESSAGE_BYTES)
-            if response.status != 200:
+            async with self._http.request(method, route, body) as answer:
+                payload = await answer.body(limit if answer.status == 200 else _MESSAGE_BYTES)
+            if answer.status != 200:
                 raise exception_of(decode(payload), artifact=artifact)
             return decode(payload)
 
@@ -327,14 +271,14 @@ class SlotServerClient:
         async def attempt() -> None:
             indices, calls = list(pending), list(pending.values())
             body = b"[" + b",".join(call.body for call in calls) + b"]"
-            async with self._send("POST", "/batch", body, headers=_STREAMED) as response:
-                if response.status != 200:
-                    raise exception_of(decode(await _read(response, _MESSAGE_BYTES)), artifact=False)
-                async for line in _lines(response, len(calls)):
+            async with self._http.request("POST", "/batch", body, accept="application/x-ndjson") as answer:
+                if answer.status != 200:
+                    raise exception_of(decode(await answer.body(_MESSAGE_BYTES)), artifact=False)
+                async for line in _lines(answer, len(calls)):
                     position, outcome = read_line(line, calls)
                     settle(indices[position], outcome)
             if pending:
-                raise _ConnectionLostError("the slot server ended a batch before all of its results")
+                raise ConnectionLostError("the slot server ended a batch before all of its results")
 
         try:
             await _persist(attempt, repeatable=True)
@@ -346,18 +290,3 @@ class SlotServerClient:
             settle(index, await self.execute(call))
         except SandboxError as error:
             settle(index, error)
-
-    @asynccontextmanager
-    async def _send(
-        self, method: str, route: str, body: bytes | None, *, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A request and the head of its answer; what breaks while the block reads the rest is translated, too."""
-        if self._session.closed:
-            raise SandboxUnavailableError("the connection to the slot server was closed")
-        try:
-            async with self._session.request(
-                method, self._url + route, data=_in_pieces(body), headers=headers, allow_redirects=False
-            ) as response:
-                yield response
-        except aiohttp.ClientError as error:
-            raise _broken(error) from error

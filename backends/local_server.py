@@ -42,7 +42,7 @@ class LocalServer:
         self.directory = directory
         self._process = process
         self._said = ""
-        self._readers = [asyncio.create_task(self._listen(stream)) for stream in (process.stderr,) if stream is not None]
+        self._listener = asyncio.create_task(self._listen())
         self.client = SlotServerClient(unix_socket=_socket(directory))
 
     @property
@@ -102,9 +102,8 @@ class LocalServer:
             _log.warning("the slot server %d does not end, killing it", self.pid)
             self._process.kill()
             await self._process.wait()
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        self._listener.cancel()
+        await asyncio.wait([self._listener])
         await _remove(self.directory)
 
     async def _await_ready(self) -> None:
@@ -115,10 +114,16 @@ class LocalServer:
                 if line:
                     return
                 await self._process.wait()
-                await asyncio.wait(self._readers)
+                await asyncio.wait([self._listener])
         except TimeoutError:
-            raise SandboxUnavailableError(f"the slot server was not ready within {START_TIMEOUT_S:g} s: {self._said}") from None
-        raise BackendConfigError(f"the slot server cannot run here: {self._said.strip() or await self.wait()}")
+            raise SandboxUnavailableError(
+                f"the slot server was not ready within {START_TIMEOUT_S:g} s: {self._reason()}"
+            ) from None
+        raise BackendConfigError(f"the slot server cannot run here: {self._reason() or await self.wait()}")
+
+    def _reason(self) -> str:
+        """The last line that the server said: its own reason, or the end of a traceback."""
+        return shown(next(reversed(self._said.strip().splitlines()), ""))
 
     async def _check(self, isolation: str) -> None:
         health = await self.client.health()
@@ -128,9 +133,10 @@ class LocalServer:
                 f" got version {health.version} with isolation {shown(health.isolation)}"
             )
 
-    async def _listen(self, stream: asyncio.StreamReader) -> None:
+    async def _listen(self) -> None:
         """Keep the end of what the server says, and go on reading: a full pipe would stop it."""
-        while said := await stream.read(4096):
+        assert self._process.stderr is not None
+        while said := await self._process.stderr.read(4096):
             text = said.decode(errors="replace")
             self._said = (self._said + text)[-_KEPT_CHARS:]
             _log.debug("slot server %d: %s", self.pid, text.rstrip())

@@ -49,7 +49,7 @@ def run(environment: type[AgentEnv]) -> None:
 
 def _explain(reason: BaseException) -> int:
     if isinstance(reason, FailedExecutionException):
-        # argparse has said it already.
+        sys.stderr.write(f"error: {reason.message.split('error: ')[-1].strip()}\n")
         return 2
     for line in _lines(reason):
         sys.stderr.write(f"error: {line}\n")

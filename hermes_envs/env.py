@@ -101,11 +101,11 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         testing: bool = False,
     ) -> None:
         self._servers = usable_endpoints(config.policy, server_configs)
+        self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         if config.policy != "tokens":
             config = config.model_copy(update={"tokenizer_name": str(PLACEHOLDER_TOKENIZER)})
             self.server_cls = UnusedServer
         super().__init__(config, self._servers, slurm=slurm, testing=testing)
-        self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         self.summary = Summary()
         self.process_mode = False
         self.n_groups_to_process = 0

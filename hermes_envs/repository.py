@@ -42,7 +42,7 @@ class RepositoryCache:
     """
 
     def __init__(self, directory: Path, base_url: str, timeout_s: float) -> None:
-        self._directory = directory
+        self._directory = directory.absolute()
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         self._locks: dict[Path, asyncio.Lock] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,10 @@ def main() -> int:
         return 2
     output.mkdir(parents=True, exist_ok=True)
     options = BuilderOptions(per_package=arguments.per_package, seed=arguments.seed, jobs=arguments.jobs)
-    outcomes = asyncio.run(build(arguments.packages, output, options))
+    try:
+        outcomes = asyncio.run(build(arguments.packages, output, options))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("interrupted")
     Console().print(summary(outcomes))
     return 0 if any(outcome.kept for outcome in outcomes) else 1
 
@@ -54,6 +58,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def build(packages: list[str], output: Path, options: BuilderOptions) -> list[PackageOutcome]:
+    current = asyncio.current_task()
+    if current is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
     builder = TaskSetBuilder(options, validate, lambda line: print(line, flush=True))  # noqa: T201
     outcomes = []
     for package in packages:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from hermes_envs.errors import ConfigError
 from hermes_envs.policies.base import Policy
 from hermes_envs.policies.nop import NopPolicy
 from hermes_envs.policies.oracle import OraclePolicy
@@ -17,13 +16,13 @@ if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
     from atroposlib.envs.server_handling.server_manager import ServerManager
 
-POLICY_NAMES = ("tokens", "messages", "oracle", "nop")
+PolicyName = Literal["tokens", "messages", "oracle", "nop"]
 
 
 class PolicyOptions(TokensOptions):
     """Who answers, and everything that any policy can be told."""
 
-    policy: str = Field(default="tokens", description=f"Who answers: {', '.join(POLICY_NAMES)}.")
+    policy: PolicyName = Field(default="tokens", description="Who answers.")
 
 
 def create_policy(
@@ -39,7 +38,7 @@ def create_policy(
     `nop` work where there is neither a model nor an endpoint.
 
     Raises:
-        ConfigError: no policy has this name, or the one that has cannot work with the other options.
+        ConfigError: the policy cannot work with the other options.
     """
     match options.policy:
         case "tokens":
@@ -55,4 +54,3 @@ def create_policy(
             return OraclePolicy()
         case "nop":
             return NopPolicy()
-    raise ConfigError(f"policy: {options.policy!r} is unknown; use one of {', '.join(POLICY_NAMES)}")

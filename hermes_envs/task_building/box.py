@@ -7,11 +7,11 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backends.teardown import finish
 from hermes_envs.errors import TaskBuildError
 
 _SYSTEM_FILES = ("ld.so.cache", "passwd", "group", "nsswitch.conf", "localtime", "mime.types", "alternatives")
@@ -44,29 +44,28 @@ class Box:
         Raises:
             TaskBuildError: bubblewrap is not installed.
         """
-        with tempfile.TemporaryFile() as output:
-            process = await asyncio.create_subprocess_exec(
-                *self._arguments(cwd, env or {}),
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={"PATH": os.defpath},
-                start_new_session=True,
-            )
-            exit_code: int | None = None
-            try:
-                exit_code = await asyncio.wait_for(process.wait(), timeout_s)
-            except TimeoutError:
-                pass
-            finally:
-                # Bubblewrap's death takes everything in the box with it.
-                if process.returncode is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    await process.wait()
-            size = output.seek(0, os.SEEK_END)
-            output.seek(max(0, size - _OUTPUT_TAIL_BYTES))
-            return BoxResult(exit_code, output.read().decode(errors="replace"))
+        process = await asyncio.create_subprocess_exec(
+            *self._arguments(cwd, env or {}),
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={"PATH": os.defpath},
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        reading = asyncio.create_task(_tail(process.stdout))
+        try:
+            exit_code = await asyncio.wait_for(process.wait(), timeout_s)
+        except TimeoutError:
+            exit_code = None
+        finally:
+            # Bubblewrap's death takes everything in the box with it; that is done when nobody is left who could write.
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            output = await finish(reading)
+            await finish(process.wait())
+        return BoxResult(exit_code, output.decode(errors="replace"))
 
     def _arguments(self, cwd: str, env: Mapping[str, str]) -> list[str]:
         program = shutil.which("bwrap")
@@ -84,6 +83,14 @@ class Box:
         for inside, outside in self.writable.items():
             arguments += ["--bind", str(outside), inside]
         return [*arguments, "--chdir", cwd, "--"]
+
+
+async def _tail(stream: asyncio.StreamReader) -> bytes:
+    """Read to the end and keep the last bytes."""
+    kept = b""
+    while chunk := await stream.read(65536):
+        kept = (kept + chunk)[-_OUTPUT_TAIL_BYTES:]
+    return kept
 
 
 def _system_mounts() -> list[str]:

@@ -103,8 +103,8 @@ def main(request_path: str) -> None:
     if request["trace_calls"]:
         threading.settrace(tracer)
         sys.settrace(tracer)
-    options = ["-q", "--color=no", "-p", "no:cacheprovider", f"--rootdir={root}", "--continue-on-collection-errors"]
-    status = pytest.main(options, plugins=[reporter])
+    options = ["-q", "--color=no", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    status = pytest.main([*options, f"--rootdir={root}"], plugins=[reporter])
     sys.settrace(None)
     report = {"status": int(status), "tests": reporter.tests, "called": sorted(tracer.called)}
     with open(request["report"], "w", encoding="utf-8") as file:

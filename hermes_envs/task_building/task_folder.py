@@ -35,9 +35,11 @@ class TaskRow:
 
 
 def write_rows(folder: Path, rows: Sequence[TaskRow]) -> None:
-    """Write the rows of a folder, one JSON object a line."""
+    """Write the rows of a folder, one JSON object a line, in place of those that it had."""
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-    (folder / TASKS_FILE).write_text("".join(lines), encoding="utf-8")
+    new = folder / f".{TASKS_FILE}.new"
+    new.write_text("".join(lines), encoding="utf-8")
+    new.rename(folder / TASKS_FILE)
 
 
 def read_rows(folder: Path) -> list[TaskRow]:

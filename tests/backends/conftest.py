@@ -66,6 +66,7 @@ class LyingServer:
 
     client: SlotServerClient
     visits: list[Visit] = field(default_factory=list)
+    connections: int = 0
 
     @property
     def routes(self) -> list[str]:
@@ -81,6 +82,7 @@ async def lying_server() -> AsyncIterator[Callable[..., Awaitable[LyingServer]]]
 
     async def start(reply: Reply, **client_options: Any) -> LyingServer:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            server.connections += 1
             try:
                 while not writer.is_closing():
                     head = await reader.readuntil(b"\r\n\r\n")

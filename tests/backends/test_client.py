@@ -93,6 +93,14 @@ async def test_garbage_in_a_result_is_a_protocol_error(lying_server: Start, body
         (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", SandboxUnavailableError),
         (b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\nContent-Length: 0\r\n\r\n", SandboxProtocolError),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nno header\r\n\r\n", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}XX", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: y\r\n\r\n", SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 100_000, SandboxProtocolError),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{}", SandboxUnavailableError),
         (b"", SandboxUnavailableError),
     ],
 )
@@ -192,6 +200,42 @@ async def test_a_broken_connection_is_tried_once_more_with_the_same_execution_id
     server = await lying_server(reply)
     assert (await server.client.execute(call())).output == "hi"
     assert [visit.payload["execution_id"] for visit in server.visits] == ["one", "one"]
+
+
+async def test_connections_are_kept(lying_server: Start) -> None:
+    server = await lying_server(lambda visit: visit.answer(RESULT))
+    for _ in range(5):
+        await server.client.execute(call())
+    assert server.connections == 1
+    await asyncio.gather(*(server.client.execute(call()) for _ in range(5)))
+    assert server.connections == 5
+
+
+async def test_a_cancelled_call_gives_its_connection_up(lying_server: Start) -> None:
+    async def reply(visit: Any) -> None:
+        if visit.number == 0:
+            await asyncio.sleep(0.2)
+            await visit.answer(RESULT | {"execution_id": "cancelled"})
+        else:
+            await visit.answer(RESULT)
+
+    server = await lying_server(reply)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(server.client.execute(call("cancelled")), 0.1)
+    assert (await server.client.execute(call())).output == "hi"
+    assert server.connections == 2
+
+
+async def test_a_connection_that_was_closed_while_idle_is_replaced(lying_server: Start) -> None:
+    async def reply(visit: Any) -> None:
+        await visit.answer(RESULT | {"execution_id": None})
+        visit.hang_up()
+
+    server = await lying_server(reply)
+    for _ in range(3):
+        await server.client.execute(call(None))
+        await asyncio.sleep(0.02)
+    assert server.connections == 3
 
 
 async def test_a_call_without_execution_id_is_not_repeated(lying_server: Start) -> None:

@@ -4,6 +4,7 @@ import json
 from typing import Any, NoReturn
 
 import pytest
+from pydantic import ValidationError
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.policies import PolicyOptions, create_policy
@@ -18,7 +19,9 @@ def unavailable() -> NoReturn:
 
 
 def policy_named(name: str) -> Policy:
-    return create_policy(PolicyOptions(policy=name), server=unavailable, tokenizer=unavailable, server_configs=[])
+    return create_policy(
+        PolicyOptions.model_validate({"policy": name}), server=unavailable, tokenizer=unavailable, server_configs=[]
+    )
 
 
 async def test_oracle_makes_one_call_a_turn_and_then_says_that_it_is_done() -> None:
@@ -62,7 +65,7 @@ async def test_nop_says_one_thing_and_calls_nothing() -> None:
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"policy: 'orakle' is unknown; use one of tokens, messages, oracle, nop"):
+    with pytest.raises(ValidationError, match=r"policy\n  Input should be 'tokens', 'messages', 'oracle' or 'nop'"):
         policy_named("orakle")
 
 

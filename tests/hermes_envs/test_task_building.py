@@ -327,10 +327,13 @@ async def test_tasks_that_do_not_validate_are_dropped_without_a_trace(archive: P
     assert sorted(branches) == sorted(row.instance_id for row in rows)
 
 
+NEW_FILE = "diff --git a/NOTE b/NOTE\nnew file mode 100644\n--- /dev/null\n+++ b/NOTE\n@@ -0,0 +1 @@\n+nothing\n"
+
+
 async def test_validation_runs_the_tasks(built: Path, tmp_path: Path) -> None:
     """The product's own command line, with a task whose patch does not fix it and one that needs no fix."""
-    good, other, *_ = read_rows(built)
-    useless = replace(other, instance_id="useless", patch=other.patch.replace("\n+", "\n+#"))
+    good = read_rows(built)[0]
+    useless = replace(good, instance_id="useless", patch=NEW_FILE)
     solved = replace(good, instance_id="solved", FAIL_TO_PASS=good.PASS_TO_PASS[:1], PASS_TO_PASS=good.PASS_TO_PASS[1:])
     (tmp_path / "repositories").symlink_to(built / "repositories")
     write_rows(tmp_path, [good, useless, solved])

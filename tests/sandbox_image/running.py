@@ -1,4 +1,4 @@
-"""Real slot servers for tests: as a child process, as root or as an ordinary user, and a client that sends whatever it is told."""
+"""Real slot servers for tests, as root or as an ordinary user, and a client that sends whatever it is told."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sandbox_image.trees import remove_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_USER = "nobody"
+IN_OWN_MOUNTS = ["unshare", "--mount", "--propagation", "slave"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,12 @@ def server_command(directory: Path, *options: str, slots: int = 2) -> list[str]:
 def environment() -> dict[str, str]:
     """What a server needs, and a secret that nobody in a box may see."""
     path = f"{ROOT}:{sysconfig.get_path('purelib')}"
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HIDDEN_SECRET": "s3cret-of-the-host", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": path,
+        "HIDDEN_SECRET": "s3cret-of-the-host",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def _passable(path: str) -> bool:
@@ -114,21 +120,23 @@ def _passable(path: str) -> bool:
 
 
 def as_other_user(directory: Path) -> list[str]:
-    """The beginning of a command line that runs the interpreter as an ordinary user; skips the test where that cannot be done."""
+    """How a command line begins that runs the interpreter as an ordinary user; skips the test where that cannot be done."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
-    if not _passable(str(ROOT)) or not _passable(sysconfig.get_path("purelib")):
+    if not _passable(str(ROOT / "sandbox_image")) or not _passable(sysconfig.get_path("purelib")):
         pytest.skip("another user cannot read this checkout")
     become = ["setpriv", f"--reuid={OTHER_USER}", "--regid=nogroup", "--clear-groups"]
-    interpreter, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
-    if _passable(interpreter):
+    interpreter = os.path.realpath(sys.executable)
+    prefix = Path(os.path.realpath(sys.base_prefix))
+    closed = next((str(path) for path in reversed(prefix.parents) if not path.stat().st_mode & stat.S_IXOTH), None)
+    if closed is None:
         return [*become, interpreter]
-    # Show the interpreter at a place that the other user can reach, in a mount namespace of its own.
-    moved = directory / "python"
-    moved.mkdir()
-    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
-    visible = f"{moved}{interpreter.removeprefix(prefix)}"
-    return ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script, "sh", prefix, str(moved), *become, visible]
+    # In a mount namespace of its own, put an open directory in the place of the closed one, with only the interpreter in it.
+    held = directory / "python"
+    held.mkdir()
+    replace = 'mount --bind "$1" "$2" && mount -t tmpfs -o mode=755 none "$3" && mkdir -p "$1" && mount --move "$2" "$1"'
+    script = f'{replace} && shift 3 && exec "$@"'
+    return [*IN_OWN_MOUNTS, "sh", "-c", script, "sh", str(prefix), str(held), closed, *become, interpreter]
 
 
 @contextmanager
@@ -142,6 +150,15 @@ def open_directory(*, other_user: bool = False) -> Iterator[Path]:
         yield directory
     finally:
         remove_tree(directory)
+
+
+def on_small_disk(directory: Path, megabytes: int) -> list[str]:
+    """How a command line begins for a server whose directory has little room; skips the test where that cannot be done."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    script = 'mount -t tmpfs -o "size=$1m,mode=755" none "$2" && shift 2 && exec "$@"'
+    (directory / "data").mkdir()
+    return [*IN_OWN_MOUNTS, "sh", "-c", script, "sh", str(megabytes), str(directory / "data"), sys.executable]
 
 
 @contextmanager

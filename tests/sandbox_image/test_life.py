@@ -1,0 +1,273 @@
+"""A server's life: how it begins, why it refuses to, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from sandbox_image.trees import remove_tree
+from tests.sandbox_image.running import (
+    IN_OWN_MOUNTS,
+    Api,
+    RunningServer,
+    alive,
+    as_other_user,
+    environment,
+    eventually,
+    launch,
+    open_directory,
+    running,
+    server_command,
+    someone_runs,
+)
+
+BUSY = "setsid sleep {marker} & sleep {marker}"
+NASTY = "mkdir -p a/b && echo x > a/b/c && mkdir -m 0 shut && python3 -c \"import os\nfor _ in range(2500): os.mkdir('d'); os.chdir('d')\""
+
+
+async def make_busy(server: RunningServer, marker: str) -> None:
+    """Leave a slot with a tree that is hard to remove and a command that runs."""
+    api = Api.over(server)
+    async with api.session:
+        await api.output(NASTY)
+        body = json.dumps(
+            {"slot_id": "slot_1", "tool": "bash", "args": {"command": BUSY.format(marker=marker)}, "timeout": 600}
+        ).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    with connection:
+        connection.connect(server.socket)
+        connection.sendall(b"POST /execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        assert eventually(lambda: someone_runs(f"sleep {marker}"))
+
+
+@pytest.fixture
+def marker() -> str:
+    """A duration that nobody else sleeps for."""
+    return f"{os.getpid()}.{int.from_bytes(os.urandom(4), 'big')}"
+
+
+@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+async def test_it_dies_with_its_parent(marker: str, other_user: bool) -> None:
+    """The parent is killed without a chance to say goodbye; it had made the directory for the server's data and socket."""
+    with open_directory(other_user=other_user) as directory:
+        prefix = as_other_user(directory) if other_user else [sys.executable]
+        home = directory / "home"
+        (home / "control").mkdir(parents=True)
+        if other_user:
+            shutil.chown(home, "nobody", "nogroup")
+            shutil.chown(home / "control", "nobody", "nogroup")
+        listen = [
+            "--unix-socket",
+            str(home / "control" / "socket"),
+            "--data-dir",
+            str(home),
+            "--slots",
+            "2",
+            "--die-with-parent",
+        ]
+        parent_source = """
+            import subprocess, sys, time
+            child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            print(child.stdout.readline().decode().strip(), child.pid, flush=True)
+            time.sleep(1000)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(parent_source), *prefix, "-P", "-m", "sandbox_image.server", *listen]
+        with subprocess.Popen(command, cwd="/", env=environment(), stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            ready, _, pid = parent.stdout.readline().decode().rpartition(" ")
+            process = int(pid)
+            assert json.loads(ready)["ready"]
+            (directory / "socket").symlink_to(home / "control" / "socket")
+            server = RunningServer(parent, directory, {})
+            below = server.processes()
+            assert process in below
+            await make_busy(server, marker)
+            parent.kill()
+        assert eventually(lambda: not alive(process))
+        assert not [pid for pid in below if alive(pid)]
+        assert not someone_runs(marker)
+        assert not home.exists()
+
+
+@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+async def test_boxes_die_with_a_killed_server_and_the_next_one_cleans_up(marker: str, other_user: bool) -> None:
+    with open_directory(other_user=other_user) as directory:
+        prefix = as_other_user(directory) if other_user else [sys.executable]
+        command = [*prefix, *server_command(directory)]
+        first = launch(command, directory)
+        below = first.processes()
+        await make_busy(first, marker)
+        first.process.kill()
+        first.process.wait()
+        assert eventually(lambda: not [pid for pid in below if alive(pid)] and not someone_runs(marker))
+        assert first.workspace().exists()
+        if other_user:
+            (directory / "python").rmdir()
+            command = [*as_other_user(directory), *server_command(directory)]
+        second = launch(command, directory)
+        api = Api.over(second)
+        async with api.session:
+            assert await api.output("ls -A | wc -l") == "0\n"
+            await api.output(NASTY)
+        second.process.kill()
+        second.process.wait()
+        for server in (first, second):
+            assert server.process.stdout is not None
+            server.process.stdout.close()
+        assert eventually(lambda: not [pid for pid in second.processes() if alive(pid)])
+        if other_user and os.geteuid() == 0:
+            become = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+            source = "import sys; from sandbox_image.trees import remove_tree; remove_tree(sys.argv[1])"
+            subprocess.run([*become, "/usr/bin/env", "python3", "-c", source, str(second.data)], env=environment(), check=False)
+        remove_tree(second.data)
+        assert not second.data.exists()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+async def test_it_stops_in_order_while_calls_run(marker: str, ending: signal.Signals) -> None:
+    with running() as server:
+        await make_busy(server, marker)
+        below = server.processes()
+        server.process.send_signal(ending)
+        assert server.process.wait(15) == 0
+        assert not [pid for pid in below if alive(pid)]
+        assert not os.path.exists(server.socket)
+
+
+async def test_tcp_and_unix_socket() -> None:
+    with running("--port", "0", slots=1) as server:
+        port = server.ready["port"]
+        assert server.ready == {"ready": True, "port": port, "unix_socket": server.socket, "version": 1}
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            assert json.load(answer)["status"] == "ok"
+        assert os.stat(server.socket).st_mode & 0o777 == 0o600
+
+
+def refusal(directory: Path, *options: str, prefix: list[str] | None = None, **changes: str) -> str:
+    """What a server says that ends at once."""
+    command = [*(prefix or [sys.executable]), *server_command(directory, *options)]
+    ended = subprocess.run(
+        command, cwd="/", env={**environment(), **changes}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("slot server: ")
+    return ended.stderr
+
+
+def test_refusals(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path, "--read-only", "/nowhere")
+    assert "absolute" in refusal(tmp_path, "--read-only", "nowhere")
+    for path in ("/", "/proc/self", "/workspace/x", "/etc"):
+        assert "boxes have their own" in refusal(tmp_path, "--read-only", path)
+    assert "--token-file" in refusal(tmp_path, "--token-file", str(tmp_path / "none"))
+    (tmp_path / "token").write_text("\n")
+    assert "empty" in refusal(tmp_path, "--token-file", str(tmp_path / "token"))
+    assert "cannot listen" in refusal(tmp_path, "--port", "0", "--host", "192.0.2.1")
+    assert "cannot listen" in refusal(tmp_path, "--unix-socket", str(tmp_path / "no" / "directory"))
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data" / "slots").mkdir(parents=True)
+    (tmp_path / "data" / "slots" / "precious").touch()
+    assert "not a slot server's" in refusal(tmp_path)
+    assert (tmp_path / "data" / "slots" / "precious").exists()
+    (tmp_path / "file").touch()
+    assert "--data-dir" in refusal(tmp_path, "--data-dir", str(tmp_path / "file"))
+
+
+def test_a_data_directory_belongs_to_one_server(tmp_path: Path) -> None:
+    with running(slots=1) as server:
+        assert "another slot server" in refusal(tmp_path, "--data-dir", str(server.data))
+
+
+def test_no_bubblewrap_no_server(tmp_path: Path) -> None:
+    said = refusal(tmp_path, PATH=str(tmp_path))
+    assert "bubblewrap is not installed" in said
+    assert "apt-get install bubblewrap" in said
+    assert "--isolation none" in said
+
+
+def test_bubblewrap_that_cannot_make_a_box_is_not_worked_around(tmp_path: Path) -> None:
+    """User namespaces are used up: this is what a container or a hardened kernel does to bubblewrap."""
+    if os.geteuid() != 0:
+        pytest.skip("taking user namespaces away needs root")
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", sys.executable]
+    said = refusal(tmp_path, prefix=prefix)
+    assert "bubblewrap needs user namespaces" in said
+    assert "seccomp=unconfined" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_tree_that_slots_cannot_reach(tmp_path: Path) -> None:
+    """Root without the right to mount: everything must be reachable by path."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root that gives up a capability")
+    closed = tmp_path / "closed"
+    (closed / "tree").mkdir(parents=True)
+    closed.chmod(0o700)
+    prefix = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable]
+    said = refusal(tmp_path, "--read-only", str(closed / "tree"), prefix=prefix)
+    assert "cannot reach" in said
+
+
+async def test_root_without_the_right_to_mount() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root that gives up a capability")
+    with open_directory() as directory:
+        # The interpreter is put where everybody can reach it, by the test that makes the namespace; then the right is dropped.
+        prefix = as_other_user(directory)
+        index = prefix.index("setpriv")
+        drop = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+        server = launch([*prefix[:index], *drop, prefix[-1], *server_command(directory, slots=1)], directory)
+        api = Api.over(server)
+        async with api.session:
+            assert await api.output("id -u") == "60000\n"
+        assert server.stop() == 0
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+
+
+@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+async def test_no_isolation_is_asked_for_by_name(marker: str, other_user: bool) -> None:
+    with running("--isolation", "none", slots=2, other_user=other_user) as server:
+        api = Api.over(server)
+        async with api.session:
+            _, health = await api.get("/health")
+            assert (health["isolation"], health["limits"]["rlimit_core"]) == ("none", 0)
+            result = await api.bash("echo out; pwd; cat; id -u")
+            output, where, uid = result["output"].splitlines()
+            assert (result["success"], result["metadata"]["sandboxed"], output) == (True, False, "out")
+            assert uid != "0"
+            assert where.endswith("/workspace")
+            await api.output(f"setsid sleep {marker} & (sleep {marker} &) ; sleep {marker} & sleep 0.1")
+            assert not someone_runs(marker)
+            assert (await api.bash(f"setsid sleep {marker} & sleep {marker}", timeout=0.3))["metadata"]["timeout"]
+            assert not someone_runs(marker)
+            await api.output('mkdir d; echo x > d/file; ln -s "$PWD/d" link; ln -s /etc/passwd out')
+            for path in ("d/file", "/workspace/d/file", f"{where}/d/file", "link/file"):
+                assert (await api.tool("read_file", {"path": path}))["output"] == "x\n"
+            assert "outside" in (await api.tool("read_file", {"path": "out"}))["error"]
+            assert await api.output("pwd", cwd="/workspace/d") == f"{where}/d\n"
+            assert (await api.bash("python3 -c 'print(6 * 7)'"))["output"] == "42\n"
+            await api.reset()
+            assert await api.output("ls -A | wc -l") == "0\n"
+            await make_busy(server, marker)
+    assert not someone_runs(marker)
+
+
+def test_own_mounts_are_seen_by_nobody_else() -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    with running(slots=1) as server:
+        assert str(server.data) not in Path("/proc/self/mountinfo").read_text()
+    assert IN_OWN_MOUNTS
+    assert str(server.directory) not in before

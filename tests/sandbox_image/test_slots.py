@@ -1,0 +1,200 @@
+"""A slot's life: leases, resets, layers, and boxes that break."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+
+from sandbox_image.box import KILL_MARGIN_S
+from tests.sandbox_image.running import Api, RunningServer, eventually, someone_runs
+
+
+async def slots(api: Api) -> dict[str, str]:
+    _, answer = await api.get("/slots")
+    return {slot["slot_id"]: slot["state"] for slot in answer["slots"]}
+
+
+async def test_reset_gives_everything_anew(api: Api) -> None:
+    await api.output("mkdir -p deep/er; echo x > deep/er/file; touch /tmp/file")
+    old = api.lease
+    state = await api.reset()
+    assert state == {"slot_id": "slot_0", "lease": api.lease, "state": "ready", "layer": None, "network": False}
+    assert api.lease != old
+    assert await api.output("ls -A . /tmp | wc -w") == "2\n", "the two names of the directories"
+
+
+async def test_a_lease_ends_with_the_reset(api: Api) -> None:
+    call = {"slot_id": "slot_0", "tool": "bash", "args": {"command": "echo run >> log"}, "lease": api.lease}
+    assert (await api.post("/execute", call))[0] == 200
+    await api.reset()
+    assert (await api.post("/execute", call))[1]["kind"] == "lease_expired"
+    for route, fields in (
+        ("/artifacts/read", {"path": "log"}),
+        ("/artifacts/list", {}),
+        ("/artifacts/archive", {}),
+        ("/layers", {"name": "stale"}),
+    ):
+        status, failure = await api.post(route, {"slot_id": "slot_0", "lease": call["lease"], **fields})
+        assert (status, failure["kind"]) == (409, "lease_expired"), route
+    assert (await api.bash("cat log"))["metadata"]["exit_code"] == 1
+
+
+async def test_reset_ends_the_running_call_and_those_that_wait(api: Api) -> None:
+    marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+    call = {
+        "slot_id": "slot_0",
+        "tool": "bash",
+        "args": {"command": f"touch begun; sleep {marker}"},
+        "lease": api.lease,
+        "timeout": 60,
+    }
+    calls = [asyncio.create_task(api.post("/execute", call)) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    assert (await slots(api))["slot_0"] == "busy"
+    assert (await api.get("/health"))[1]["busy"] == 1
+    start = time.monotonic()
+    await api.reset()
+    answers = await asyncio.gather(*calls)
+    assert time.monotonic() - start < 5
+    assert {failure["kind"] for status, failure in answers} <= {"slot_failed", "lease_expired"}
+    assert not someone_runs(marker)
+    assert await api.output("ls -A | wc -l") == "0\n"
+
+
+async def test_resets_at_the_same_time(api: Api) -> None:
+    answers = await asyncio.gather(*(api.post("/reset", {"slot_id": "slot_0"}) for _ in range(5)))
+    assert [status for status, _ in answers] == [200] * 5
+    await api.reset()
+    assert await api.output("echo fine") == "fine\n"
+
+
+async def test_reset_does_not_wait_for_deletion(api: Api, server: RunningServer) -> None:
+    await api.output(
+        "mkdir many; cd many; seq 1 20000 | xargs touch; cd ..; mkdir -m 0 closed;"
+        "python3 -c \"import os\nfor _ in range(2500): os.mkdir('d'); os.chdir('d')\nos.mkdir('shut'); os.chmod('shut', 0)\""
+    )
+    await api.reset()
+    trash = server.data / "trash"
+    assert await api.output("ls -A | wc -l") == "0\n"
+    assert await asyncio.to_thread(eventually, lambda: not os.listdir(trash), 30)
+
+
+async def test_layers(api: Api) -> None:
+    name = secrets.token_hex(4)
+    await api.output(
+        "mkdir -p d/e; echo text > d/e/file; chmod 750 d; echo run > x; chmod 711 x; ln -s /workspace/x link; ln -s gone no"
+    )
+    await api.output("touch -d '2001-02-03 04:05:06' d/e/file; chmod 600 d/e/file; ln x hard; mkfifo fifo")
+    status, state = await api.post("/layers", {"slot_id": "slot_0", "name": name, "lease": api.lease})
+    assert (status, state["layer"]) == (200, None)
+    assert state["lease"] != api.lease
+    assert await api.output("ls -A | wc -l") == "0\n"
+    assert name in (await api.get("/layers"))[1]["layers"]
+    other = Api(api.session, "slot_1")
+    for reader in (other, api):
+        state = await reader.reset(layer=name)
+        assert state["layer"] == name
+        shown = await reader.output("find . -printf '%P %M %U %l %n\\n' | sort; date -r d/e/file +%Y; cat d/e/file link; id -u")
+        *lines, year, text, run, uid = shown.splitlines()
+        assert (year, text, run) == ("2001", "text", "run")
+        assert lines == [
+            f" drwx------ {uid}  4" if line.startswith(" ") else line
+            for line in (
+                lines[0], f"d drwxr-x--- {uid}  3", f"d/e drwxr-xr-x {uid}  2", f"d/e/file -rw------- {uid}  1", f"fifo prw-r--r-- {uid}  1",
+                f"hard -rwx--x--x {uid}  2", f"link lrwxrwxrwx {uid} /workspace/x 1", f"no lrwxrwxrwx {uid} gone 1", f"x -rwx--x--x {uid}  2",
+            )
+        ]  # fmt: skip
+        await reader.output("echo spoilt > d/e/file; rm x; touch new")
+    await api.reset(layer=name)
+    assert await api.output("cat d/e/file x; ls new 2>&1 | wc -l") == "text\nrun\n1\n"
+
+
+async def test_layers_that_cannot_be(api: Api) -> None:
+    name = secrets.token_hex(4)
+    assert (await api.post("/layers", {"slot_id": "slot_0", "name": name}))[0] == 200
+    await api.output("echo kept > file")
+    status, failure = await api.post("/layers", {"slot_id": "slot_0", "name": name})
+    assert (status, failure["kind"]) == (400, "bad_request")
+    status, failure = await api.post("/reset", {"slot_id": "slot_0", "layer": "missing"})
+    assert (status, failure["kind"]) == (404, "not_found")
+    assert await api.output("cat file") == "kept\n"
+
+
+async def test_a_box_that_dies_fails_until_the_reset(api: Api, server: RunningServer) -> None:
+    for victim in ("init", "bubblewrap"):
+        await api.reset()
+        boxes = [pid for pid in server.inits() if os.getpgid(pid)]
+        marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+        running = asyncio.create_task(api.post("/execute", {
+            "slot_id": "slot_0", "tool": "bash", "args": {"command": f"setsid sleep {marker} & sleep {marker}"}, "timeout": 60,
+        }))  # fmt: skip
+        assert await asyncio.to_thread(eventually, lambda marker=marker: someone_runs(f"sleep {marker}"))
+        init = next(pid for pid in boxes if _runs_below(pid, marker))
+        os.kill(init if victim == "init" else _parent(init), signal.SIGKILL)
+        status, failure = await running
+        assert (status, failure["kind"]) == (502, "slot_failed")
+        assert await asyncio.to_thread(eventually, lambda marker=marker: not someone_runs(marker))
+        assert (await slots(api))["slot_0"] == "failed"
+        for _ in range(2):
+            status, failure = await api.post("/execute", {"slot_id": "slot_0", "tool": "bash", "args": {"command": "true"}})
+            assert (status, failure["kind"]) == (502, "slot_failed")
+            assert failure["error"].startswith("slot_0: ")
+    await api.reset()
+    assert await api.output("echo well") == "well\n"
+
+
+async def test_an_init_that_hangs_is_given_up(api: Api, server: RunningServer) -> None:
+    others = set(server.inits())
+    await api.reset()
+    init = next(pid for pid in server.inits() if pid not in others)
+    os.kill(init, signal.SIGSTOP)
+    start = time.monotonic()
+    call = {"slot_id": "slot_0", "tool": "bash", "args": {"command": "true"}, "timeout": 0.3}
+    status, failure = await api.post("/execute", call)
+    assert (status, failure["kind"]) == (502, "slot_failed")
+    assert 0.3 + KILL_MARGIN_S <= time.monotonic() - start < 0.3 + KILL_MARGIN_S + 5
+    await api.reset()
+    assert await api.output("echo well") == "well\n"
+
+
+async def test_an_idle_box_that_dies_is_noticed(api: Api, server: RunningServer) -> None:
+    others = set(server.inits())
+    await api.reset()
+    os.kill(next(pid for pid in server.inits() if pid not in others), signal.SIGKILL)
+    assert await _becomes(api, "failed")
+    await api.reset()
+    assert (await slots(api))["slot_0"] == "ready"
+
+
+async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: RunningServer) -> None:
+    def held() -> tuple[int, int]:
+        return len(server.processes()), len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+    before = held()
+    for _ in range(20):
+        await api.reset()
+        await api.output("sleep 100 & true")
+    assert await asyncio.to_thread(eventually, lambda: held() <= before), (before, held())
+
+
+async def _becomes(api: Api, state: str) -> bool:
+    for _ in range(200):
+        if (await slots(api))["slot_0"] == state:
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def _runs_below(init: int, marker: str) -> bool:
+    from sandbox_image.init import descendants
+    from tests.sandbox_image.running import command_line
+
+    return any(marker in command_line(pid) for pid in descendants(init))
