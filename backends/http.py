@@ -1,7 +1,7 @@
 """A small HTTP/1.1 client with kept connections.
 
-A call through aiohttp's client costs more than all that the server does for it besides starting the command. This one does what
-a slot server needs and refuses the rest: every answer has a length or is chunked, nothing is decompressed, no redirect is
+aiohttp's client was measured to add 100 to 135 microseconds to a call, where starting a shell takes about 640. This one does
+what a slot server needs and refuses the rest: every answer has a length or is chunked, nothing is decompressed, no redirect is
 followed, and the caller bounds what it reads.
 """
 
@@ -155,6 +155,9 @@ class HttpClient:
         except asyncio.LimitOverrunError as error:
             raise SandboxProtocolError("the slot server does not speak HTTP: no end of a line in sight") from error
         except (OSError, EOFError) as error:
+            # What broke this connection has broken the idle ones, too: a second attempt needs a new one.
+            while self._idle:
+                self._drop(self._idle.pop())
             raise ConnectionLostError(f"the connection to the slot server broke: {error or type(error).__name__}") from error
         finally:
             if answer is not None and answer.complete and answer.keep_alive and not self._closed:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonlines
+import wandb
 from atroposlib.envs.base import APIServer, APIServerConfig
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
 
 from hermes_envs.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PLACEHOLDER_TOKENIZER = Path(__file__).parent / "placeholder_tokenizer"
 """A tokenizer of bytes for runs whose policy has no tokens: atroposlib loads one in its constructor, from a hub if need be."""
@@ -50,3 +54,12 @@ def flushing_writer(writer: jsonlines.Writer | None, path: str) -> jsonlines.Wri
     if writer is not None:
         writer.close()
     return jsonlines.open(path, "w", flush=True)
+
+
+def start_wandb(project: str | None, name: str, config: dict[str, Any]) -> bool:
+    """Start a run of metrics; False where nobody has logged in, for wandb would ask, or fail where it cannot."""
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        logger.warning("wandb: not logged in, metrics are not sent; set WANDB_API_KEY, or --env.use_wandb false")
+        return False
+    wandb.init(project=project, name=name, config=config)
+    return True

@@ -22,6 +22,7 @@ from hermes_envs.errors import ConfigError, HermesEnvsError
 if TYPE_CHECKING:
     from hermes_envs.env import AgentEnv
 
+_PACKAGE = Path(__file__).parent
 _SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
 _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
@@ -32,7 +33,7 @@ def run(environment: type[AgentEnv]) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
-    sys.argv[1:] = _attach_negative_numbers(sys.argv[1:])
+    sys.argv[1:] = _locate_config(_attach_negative_numbers(sys.argv[1:]))
     try:
         _check_config_file(environment, sys.argv[1:])
         commands = {
@@ -83,9 +84,9 @@ def _check_config_file(environment: type[AgentEnv], arguments: Sequence[str]) ->
     Raises:
         ConfigError: the file cannot be read, or names a key that does not exist.
     """
-    path = _config_path(arguments)
-    if path is None:
+    if "--config" not in arguments[:-1]:
         return
+    path = Path(arguments[arguments.index("--config") + 1])
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as reason:
@@ -101,13 +102,19 @@ def _check_config_file(environment: type[AgentEnv], arguments: Sequence[str]) ->
         _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
 
 
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--config":
-            return Path(following)
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-    return None
+def _locate_config(arguments: Sequence[str]) -> list[str]:
+    """`--config NAME` finds the files that ship with the package where there is no such file in the working directory."""
+    located = [
+        part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
+    if "--config" in located[:-1]:
+        position = located.index("--config") + 1
+        # In a wheel they are inside of the package, in a checkout beside it.
+        for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+            shipped = folder / Path(located[position]).name
+            if not Path(located[position]).exists() and shipped.is_file():
+                located[position] = str(shipped)
+    return located
 
 
 def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:

@@ -23,7 +23,7 @@ from backends.base import Layer, ToolBackend
 from backends.errors import SandboxError
 from hermes_envs import command_line
 from hermes_envs.agent import Agent, AgentOptions
-from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, usable_endpoints
+from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
 from hermes_envs.errors import ConfigError, EngineError, EnvironmentBuildError, HermesEnvsError, NothingCollectedError
 from hermes_envs.group import Group, InfrastructureFailure
 from hermes_envs.html_report import write_html_report
@@ -277,7 +277,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
         self.max_token_len = self.config.max_token_length
         self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
-        reporter = Reporter(self.name or type(self).__name__)
+        name = self.name or type(self).__name__
+        if self.config.use_wandb:
+            self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
+        reporter = Reporter(name)
         try:
             async with self.running():
                 queue = GroupQueue(

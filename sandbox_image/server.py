@@ -361,7 +361,7 @@ def _stop_event(options: Options) -> asyncio.Event:
 async def _start_all(slots: Iterable[Slot]) -> None:
     endings = await asyncio.gather(*(slot.start() for slot in slots), return_exceptions=True)
     for ending in endings:
-        if isinstance(ending, BoxError):
+        if isinstance(ending, BoxError | OSError):
             raise StartupError(f"{ending}. {REMEDY}") from ending
         if ending is not None:
             raise ending

@@ -280,8 +280,13 @@ class Slot:
 
     def _make_empty(self, workspace: Path) -> None:
         workspace.mkdir(mode=0o700)
-        if self._place.uid is not None:
+        if self._place.uid is None:
+            return
+        try:
             os.chown(workspace, self._place.uid, self._place.uid)
+        except OSError as error:
+            # Root of a container or user namespace that knows a few users only.
+            raise BoxError(f"root cannot become user {self._place.uid} here ({error.strerror}); be an ordinary user") from error
 
     def _check_lease(self, lease: str | None) -> None:
         if self._closing:

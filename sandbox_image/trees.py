@@ -13,6 +13,7 @@ from pathlib import Path
 from sandbox_image.errors import SlotServerError
 
 _NAMES_PER_PASS = 10_000
+_OPEN_LEVELS = 64
 
 
 class TreeCopyError(SlotServerError):
@@ -22,8 +23,8 @@ class TreeCopyError(SlotServerError):
 def remove_tree(path: str | Path) -> None:
     """Delete a file or a directory with all that is in it; nothing there is fine.
 
-    Works on what `shutil.rmtree` gives up on: trees of any depth (subdirectories are moved up before they are emptied, so
-    neither the stack nor the number of descriptors grows) and directories of any mode. Links are removed, never followed.
+    Works on what `shutil.rmtree` gives up on: trees of any depth (what is too deep is moved up to the top, so that neither the
+    stack nor the number of descriptors grows) and directories of any mode. Links are removed, never followed.
 
     Raises:
         OSError: something in it belongs to somebody else, or the file system refuses.
@@ -40,7 +41,7 @@ def remove_tree(path: str | Path) -> None:
         if top is None:
             return
         try:
-            _empty(top)
+            _empty(top, top, secrets.token_hex(8), itertools.count(), 0)
         finally:
             os.close(top)
         _rmdir(name, holder)
@@ -86,33 +87,24 @@ def _some_names(directory: int) -> list[str]:
         return [entry.name for entry in itertools.islice(entries, _NAMES_PER_PASS)]
 
 
-def _empty(top: int) -> None:
-    prefix = secrets.token_hex(8)
-    serial = itertools.count()
-    while names := _some_names(top):
+def _empty(directory: int, top: int, prefix: str, serial: itertools.count[int], depth: int) -> None:
+    while names := _some_names(directory):
         for name in names:
-            if _unlink(name, top):
+            if _unlink(name, directory):
                 continue
-            inner = _open_directory(name, top)
+            # Also before a move: it needs write permission for what is moved, because its `..` changes.
+            inner = _open_directory(name, directory)
             if inner is None:
                 continue
             try:
-                _move_up(inner, top, prefix, serial)
+                if depth < _OPEN_LEVELS:
+                    _empty(inner, top, prefix, serial, depth + 1)
             finally:
                 os.close(inner)
-            _rmdir(name, top)
-
-
-def _move_up(inner: int, top: int, prefix: str, serial: itertools.count[int]) -> None:
-    while names := _some_names(inner):
-        for name in names:
-            if _unlink(name, inner):
-                continue
-            # Moving a directory needs write permission for it, because its `..` changes.
-            handle = _open_directory(name, inner)
-            if handle is not None:
-                os.close(handle)
-                os.rename(name, f"{prefix}-{next(serial)}", src_dir_fd=inner, dst_dir_fd=top)
+            if depth < _OPEN_LEVELS:
+                _rmdir(name, directory)
+            else:
+                os.rename(name, f"{prefix}-{next(serial)}", src_dir_fd=directory, dst_dir_fd=top)
 
 
 async def copy_tree(source: str, target: str, owner: int | None) -> None:

@@ -238,6 +238,23 @@ async def test_a_connection_that_was_closed_while_idle_is_replaced(lying_server:
     assert server.connections == 3
 
 
+async def test_the_second_attempt_is_made_on_a_new_connection(lying_server: Start) -> None:
+    async def reply(visit: Any) -> None:
+        if visit.number == 4:
+            visit.hang_up()
+        else:
+            # All four at the same time, so that each has a connection of its own.
+            await asyncio.sleep(0.1)
+            await visit.answer(RESULT)
+
+    server = await lying_server(reply)
+    await asyncio.gather(*(server.client.execute(call()) for _ in range(4)))
+    assert server.connections == 4
+    assert (await server.client.execute(call())).output == "hi"
+    # The second attempt was made on a new connection, not on one of those that were left.
+    assert server.connections == 5
+
+
 async def test_a_call_without_execution_id_is_not_repeated(lying_server: Start) -> None:
     async def reply(visit: Any) -> None:
         visit.hang_up()
