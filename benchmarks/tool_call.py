@@ -9,7 +9,8 @@ Runs `sh -c true` in five ways that take turns, so that a busy machine disturbs 
 - server, raw: the same over a unix socket by a client that only writes and reads bytes: what is not the HTTP client's cost
 - bubblewrap per call: a new box for each command, with the options that a slot's box has
 
-and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers on 8 slots. Needs bubblewrap.
+and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers on 8 slots. Needs
+bubblewrap.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _CREDENTIALS = struct.Struct("3i")
 @dataclass
 class _Call:
     number: bytes
-    sink: Callable[[bytes], None]
+    sink: Callable[[bytearray], None]
     done: asyncio.Future[list[bytes]]
     expired: bool = False
 
@@ -58,7 +58,8 @@ class Box:
     _call: _Call | None = None
     _calls: int = 0
     _verdict: str | None = None
-    _closed: bool = field(default=False)
+    _closed: bool = False
+    _buffer: bytearray = field(default_factory=lambda: bytearray(_PIPE_READ))
     _dying: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
@@ -144,7 +145,7 @@ class Box:
     async def run(
         self,
         command: bytes,
-        sink: Callable[[bytes], None],
+        sink: Callable[[bytearray], None],
         timeout_s: float,
         *,
         cwd: bytes = b"",
@@ -297,14 +298,14 @@ class Box:
     def _on_output(self) -> bool:
         """Take what is in the pipe; whether there was something."""
         try:
-            chunk = os.read(self._output, _PIPE_READ)
+            size = os.readv(self._output, (self._buffer,))
         except BlockingIOError:
             return False
-        if not chunk:
+        if size == 0:
             asyncio.get_running_loop().remove_reader(self._output)
             return False
         if self._call is not None:
-            self._call.sink(chunk)
+            self._call.sink(self._buffer[:size])
         return True
 
     def _on_exit(self) -> None:

@@ -32,7 +32,7 @@ import struct
 import sys
 from typing import Any, NoReturn
 
-PACKET_BYTES = 65536
+PACKET_BYTES = 16384
 BY_REFERENCE = b"@"
 # The kernel takes 128 KiB per argument (MAX_ARG_STRLEN), the terminating NUL included.
 LONGEST_ARGUMENT = 128 * 1024 - 1
@@ -143,8 +143,7 @@ class Init:
     def _clear(self, main: int) -> int:
         """Kill and reap everything there is, and return the wait status of `main`."""
         status = 0
-        while True:
-            self._kill_all()
+        while self._kill_all():
             try:
                 pid, result = os.waitpid(-1, 0)
                 while pid:
@@ -152,20 +151,33 @@ class Init:
                         status = result
                     pid, result = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return status
+                break
+        return status
 
-    def _kill_all(self) -> None:
+    def _kill_all(self) -> bool:
+        """Whether there was anybody, zombies included."""
         if self._alone:
             try:
                 os.kill(-1, signal.SIGKILL)
             except ProcessLookupError:
-                return
-            return
+                return False
+            return True
+        if not _has_children():
+            return False
         for pid in descendants(os.getpid()):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        return True
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def descendants(ancestor: int) -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import hmac
 import json
 import logging
@@ -62,7 +63,7 @@ _JSON_HEADERS = {"Content-Type": "application/json"}
 _NDJSON = "application/x-ndjson"
 _LOG = logging.getLogger("sandbox_image")
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class SlotServer:
@@ -76,40 +77,42 @@ class SlotServer:
         self._authorization = None if token is None else f"Bearer {token}".encode()
         self._executions = ExecutionLog()
         self._start = time.monotonic()
+        self._routes: dict[tuple[str, str], Handler] = {
+            ("POST", "/execute"): self._execute,
+            ("POST", "/batch"): self._batch,
+            ("POST", "/reset"): self._reset,
+            ("POST", "/layers"): self._freeze,
+            ("GET", "/layers"): self._list_layers,
+            ("GET", "/health"): self._health,
+            ("GET", "/slots"): self._list_slots,
+            ("POST", "/artifacts/read"): self._read_artifact,
+            ("POST", "/artifacts/list"): self._list_artifacts,
+            ("POST", "/artifacts/archive"): self._archive_artifacts,
+        }
 
-    def application(self) -> web.Application:
-        """The server for aiohttp."""
-        app = web.Application(client_max_size=MAX_REQUEST_BYTES)
-        routes: list[tuple[str, str, Handler]] = [
-            ("POST", "/execute", self._execute),
-            ("POST", "/batch", self._batch),
-            ("POST", "/reset", self._reset),
-            ("POST", "/layers", self._freeze),
-            ("GET", "/layers", self._list_layers),
-            ("GET", "/health", self._health),
-            ("GET", "/slots", self._list_slots),
-            ("POST", "/artifacts/read", self._read_artifact),
-            ("POST", "/artifacts/list", self._list_artifacts),
-            ("POST", "/artifacts/archive", self._archive_artifacts),
-            ("*", "/{path:.*}", self._unknown),
-        ]
-        for method, path, handler in routes:
-            app.router.add_route(method, path, self._guarded(handler))
-        return app
+    def listener(self) -> web.Server:
+        """The server for aiohttp: its low-level one, because a dozen fixed routes need no router on every call."""
+        loop = asyncio.get_running_loop()
 
-    def _guarded(self, handler: Handler) -> Handler:
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            try:
-                self._authorize(request)
-                return await handler(request)
-            except RequestError as error:
-                return _failed(error)
-            except ProtocolError as error:
-                return _failed(RequestError(ErrorKind.BAD_REQUEST, str(error)))
+        def request(*parts: Any) -> web.BaseRequest:
+            message, payload, protocol, writer, task = parts
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=MAX_REQUEST_BYTES)
 
-        return guarded
+        return web.Server(self._answer, request_factory=request, access_log=None)
 
-    def _authorize(self, request: web.Request) -> None:
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            self._authorize(request)
+            handler = self._routes.get((request.method, request.path))
+            if handler is None:
+                raise RequestError(ErrorKind.NOT_FOUND, f"no route {request.method} {request.path}")
+            return await handler(request)
+        except RequestError as error:
+            return _failed(error)
+        except ProtocolError as error:
+            return _failed(RequestError(ErrorKind.BAD_REQUEST, str(error)))
+
+    def _authorize(self, request: web.BaseRequest) -> None:
         if self._authorization is None:
             return
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
@@ -122,7 +125,7 @@ class SlotServer:
             raise RequestError(ErrorKind.NOT_FOUND, f"no slot {slot_id!r}; there are slot_0 to slot_{len(self._slots) - 1}")
         return slot
 
-    async def _execute(self, request: web.Request) -> web.Response:
+    async def _execute(self, request: web.BaseRequest) -> web.Response:
         result = await self._run(await _body(request))
         return _json(result.to_json())
 
@@ -139,7 +142,7 @@ class SlotServer:
         result = await self._executions.once(key, lambda: slot.execute(call, arguments))
         return ExecutionResult(result.success, result.output, result.error, call.execution_id, result.metadata)
 
-    async def _batch(self, request: web.Request) -> web.StreamResponse:
+    async def _batch(self, request: web.BaseRequest) -> web.StreamResponse:
         items = await _body(request)
         if not isinstance(items, list):
             raise RequestError(ErrorKind.BAD_REQUEST, f"expected a JSON list, got {type(items).__name__}")
@@ -182,20 +185,20 @@ class SlotServer:
             return BatchLine(index, failure=failure.to_json())
         return BatchLine(index, result=result.to_json())
 
-    async def _reset(self, request: web.Request) -> web.Response:
+    async def _reset(self, request: web.BaseRequest) -> web.Response:
         wanted = ResetRequest.from_json(await _body(request))
         state = await self._slot(wanted.slot_id).reset(wanted.layer, network=wanted.network)
         return _json(state.to_json())
 
-    async def _freeze(self, request: web.Request) -> web.Response:
+    async def _freeze(self, request: web.BaseRequest) -> web.Response:
         wanted = FreezeRequest.from_json(await _body(request))
         state = await self._slot(wanted.slot_id).freeze(wanted.name, wanted.lease)
         return _json(state.to_json())
 
-    async def _list_layers(self, request: web.Request) -> web.Response:
+    async def _list_layers(self, request: web.BaseRequest) -> web.Response:
         return _json({"layers": self._layers.names()})
 
-    async def _health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: web.BaseRequest) -> web.Response:
         health = Health(
             status="ok",
             version=VERSION,
@@ -208,26 +211,23 @@ class SlotServer:
         )
         return _json(health.to_json())
 
-    async def _list_slots(self, request: web.Request) -> web.Response:
+    async def _list_slots(self, request: web.BaseRequest) -> web.Response:
         return _json({"slots": [slot.state().to_json() for slot in self._slots.values()]})
 
-    async def _read_artifact(self, request: web.Request) -> web.Response:
+    async def _read_artifact(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactReadRequest.from_json(await _body(request))
         return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.read)).to_json())
 
-    async def _list_artifacts(self, request: web.Request) -> web.Response:
+    async def _list_artifacts(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactListRequest.from_json(await _body(request))
         return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.listing)).to_json())
 
-    async def _archive_artifacts(self, request: web.Request) -> web.Response:
+    async def _archive_artifacts(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactArchiveRequest.from_json(await _body(request))
         return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.archive)).to_json())
 
-    async def _unknown(self, request: web.Request) -> web.Response:
-        raise RequestError(ErrorKind.NOT_FOUND, f"no route {request.method} {request.path}")
 
-
-async def _body(request: web.Request) -> Any:
+async def _body(request: web.BaseRequest) -> Any:
     try:
         return json.loads(await request.read())
     except web.HTTPRequestEntityTooLarge as error:
@@ -322,12 +322,14 @@ async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint) -> N
         for index in range(options.slots)
     }
     server = SlotServer(slots, layers, blueprint, data_dir.path, options.token)
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2.0)
+    runner = web.ServerRunner(server.listener(), shutdown_timeout=2.0)
     try:
         await _start_all(slots.values())
         await runner.setup()
         port = await _listen(runner, options)
         ready = {"ready": True, "port": port, "unix_socket": options.unix_socket, "version": VERSION}
+        # What is there now stays: the collector need not look at it again and again while calls come and go.
+        gc.freeze()
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
         await stop.wait()
@@ -367,7 +369,7 @@ async def _start_all(slots: Iterable[Slot]) -> None:
             raise ending
 
 
-async def _listen(runner: web.AppRunner, options: Options) -> int | None:
+async def _listen(runner: web.ServerRunner, options: Options) -> int | None:
     try:
         if options.unix_socket is not None:
             remove_stale_socket(options.unix_socket)

@@ -45,7 +45,7 @@ class OutputBuffer:
         self._tail = bytearray()
         self.total = 0
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | bytearray) -> None:
         """Take what came next."""
         self.total += len(chunk)
         room = self._head_limit - len(self._head)

@@ -49,6 +49,8 @@ async def capture_patch(workspace: Workspace, snapshot: Snapshot) -> bytes:
     command = " && ".join(
         (
             clone_command(f"{scratch}/bundle", f"{scratch}/repository", "--bare"),
+            # From the commit's index on: files that are tracked although .gitignore names them stay what they are.
+            f"{git} read-tree {snapshot.commit}",
             f"{git} add --all",
             f"{git} {_DIFF} --binary --full-index {snapshot.commit} > {scratch}/patch",
         )

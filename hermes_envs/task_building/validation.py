@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_envs.errors import TaskBuildError
@@ -16,6 +17,12 @@ from hermes_envs.errors import TaskBuildError
 _GROUP_SIZE = 2
 _EXPECTED = {"oracle": 1.0, "nop": 0.0}
 _SECONDS_PER_TASK = 120.0
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    score: float
+    reason: str
 
 
 async def validate(folder: Path, instance_ids: Sequence[str]) -> dict[str, str]:
@@ -28,17 +35,17 @@ async def validate(folder: Path, instance_ids: Sequence[str]) -> dict[str, str]:
     """
     problems: dict[str, str] = {}
     for policy, expected in _EXPECTED.items():
-        scores, ending = await _run(folder, policy, len(instance_ids))
+        verdicts, ending = await _run(folder, policy, len(instance_ids))
         for instance_id in instance_ids:
-            observed = scores.get(instance_id, [])
-            if observed != [expected] * _GROUP_SIZE:
-                shown = ", ".join(f"{score:g}" for score in observed) or f"nothing ({ending})"
+            found = verdicts.get(instance_id, [])
+            if [verdict.score for verdict in found] != [expected] * _GROUP_SIZE:
+                shown = ", ".join(f"{verdict.score:g} ({verdict.reason})" for verdict in found) or f"nothing ({ending})"
                 problems.setdefault(instance_id, f"{policy} scores {shown}")
     return problems
 
 
-async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[float]], str]:
-    """Scores by instance id, and the last line that the run wrote."""
+async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[_Verdict]], str]:
+    """Verdicts by instance id, and the last line that the run wrote."""
     with tempfile.TemporaryDirectory() as scratch:
         groups = Path(scratch) / "groups.jsonl"
         flags = {
@@ -70,14 +77,15 @@ async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[fl
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         lines = output.decode(errors="replace").strip().splitlines() or ["no output"]
-        return _read_scores(groups), lines[-1].strip()[:300]
+        return _read_verdicts(groups), lines[-1].strip()[:300]
 
 
-def _read_scores(groups: Path) -> dict[str, list[float]]:
-    scores: dict[str, list[float]] = {}
+def _read_verdicts(groups: Path) -> dict[str, list[_Verdict]]:
+    verdicts: dict[str, list[_Verdict]] = {}
     if groups.is_file():
         for line in groups.read_text(encoding="utf-8").splitlines():
             group = json.loads(line)
             for score, trajectory in zip(group["scores"], group["overrides"], strict=True):
-                scores.setdefault(trajectory["instance_id"], []).append(float(score))
-    return scores
+                verdict = _Verdict(float(score), str(trajectory.get("score_reason", "")))
+                verdicts.setdefault(trajectory["instance_id"], []).append(verdict)
+    return verdicts

@@ -28,6 +28,8 @@ from hermes_envs.task_building.validation import validate
 
 SOURCES = {
     "PKG-INFO": "Metadata-Version: 2.1\nName: Coin_Purse\nVersion: 1.0\nRequires-Dist: sphinx; extra == 'doc'\n",
+    # Source distributions hold generated files that their repositories ignore.
+    ".gitignore": "coin_purse/words.py\n",
     "setup.py": "raise SystemExit('nothing runs this')\n",
     "coin_purse/__init__.py": "from coin_purse.change import make_change\nfrom coin_purse.words import in_words\n",
     "coin_purse/change.py": '''"""Change."""

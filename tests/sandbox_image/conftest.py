@@ -22,6 +22,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[RunningServer]:
 
 
 @pytest_asyncio.fixture
+async def visitor(server: RunningServer) -> AsyncIterator[Api]:
+    """A client that takes the slots as it finds them."""
+    api = Api.over(server)
+    async with api.session:
+        yield api
+
+
+@pytest_asyncio.fixture
 async def api(server: RunningServer) -> AsyncIterator[Api]:
     """A client of a slot with an empty workspace."""
     api = Api.over(server)

@@ -35,24 +35,24 @@ async def test_read(api: Api) -> None:
     assert (await ask(api, "read", path="file"))[0] == 400
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("missing", 404), ("file/below", 404), ("dangling", 404), ("circle", 404), ("x" * 300, 404), ("gone/../file", 404),
-        ("/etc/passwd", 403), ("..", 403), ("../root", 403), ("out", 403), ("out_dir/passwd", 403), ("directory", 403),
-        (".", 403), ("fifo", 403), ("/proc/1/environ", 403), ("a\0b", 400), ("\ud800", 400), ("y" * 5000, 400),
-    ],
-)  # fmt: skip
-async def test_what_cannot_be_read(api: Api, path: str, status: int) -> None:
+UNREADABLE = [
+    ("missing", 404), ("file/below", 404), ("dangling", 404), ("circle", 404), ("x" * 300, 404), ("gone/../file", 404),
+    ("/etc/passwd", 403), ("..", 403), ("../root", 403), ("out", 403), ("out_dir/passwd", 403), ("directory", 403),
+    (".", 403), ("fifo", 403), ("/proc/1/environ", 403), ("a\0b", 400), ("\ud800", 400), ("y" * 5000, 400),
+]  # fmt: skip
+
+
+async def test_what_cannot_be_read(api: Api) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s nothing dangling; ln -s circle circle; ln -s /etc/passwd out;"
         "ln -s /etc out_dir; mkfifo fifo"
     )
     start = time.monotonic()
-    answered, failure = await ask(api, "read", path=path)
-    assert answered == status, failure
-    assert "\n" not in failure["error"]
-    assert time.monotonic() - start < 5
+    for path, status in UNREADABLE:
+        answered, failure = await ask(api, "read", path=path)
+        assert answered == status, (path, failure)
+        assert "\n" not in failure["error"]
+    assert time.monotonic() - start < 10
 
 
 async def test_device_files_are_not_read(api: Api, server: RunningServer) -> None:

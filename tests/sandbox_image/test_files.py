@@ -8,8 +8,6 @@ import os
 import time
 from typing import Any
 
-import pytest
-
 from tests.sandbox_image.running import Api, RunningServer, launch, on_small_disk, open_directory, server_command
 
 
@@ -69,58 +67,57 @@ async def test_long_files_are_cut(api: Api) -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("missing", "No such file or directory"),
-        ("directory", "Is a directory"),
-        (".", "Is a directory"),
-        ("", "Is a directory"),
-        ("file/below", "Not a directory"),
-        ("../slot_1/passwd", "outside of the workspace"),
-        ("/etc/passwd", "outside of the workspace"),
-        ("/workspace/../etc/passwd", "outside of the workspace"),
-        ("/", "outside of the workspace"),
-        ("to_etc", "outside of the workspace"),
-        ("to_above", "outside of the workspace"),
-        ("to_directory/../to_etc", "outside of the workspace"),
-        ("to_etc_directory/passwd", "outside of the workspace"),
-        ("circle", "Too many levels of symbolic links"),
-        ("fifo", "not a regular file"),
-        ("socket", ""),
-        ("a\0b", "NUL"),
-        ("x" * 300, "File name too long"),
-        ("x/" * 3000, "longer than 4096"),
-        ("./" * 2000 + "a/" * 10, "No such file"),
-        ("\ud800", "surrogate"),
-    ],
-)
-async def test_what_cannot_be_read(api: Api, path: str, reason: str) -> None:
+UNREADABLE = [
+    ("missing", "No such file or directory"),
+    ("directory", "Is a directory"),
+    (".", "Is a directory"),
+    ("", "Is a directory"),
+    ("file/below", "Not a directory"),
+    ("../slot_1/passwd", "outside of the workspace"),
+    ("/etc/passwd", "outside of the workspace"),
+    ("/workspace/../etc/passwd", "outside of the workspace"),
+    ("/", "outside of the workspace"),
+    ("to_etc", "outside of the workspace"),
+    ("to_above", "outside of the workspace"),
+    ("to_directory/../to_etc", "outside of the workspace"),
+    ("to_etc_directory/passwd", "outside of the workspace"),
+    ("circle", "Too many levels of symbolic links"),
+    ("fifo", "not a regular file"),
+    ("socket", ""),
+    ("a\0b", "NUL"),
+    ("x" * 300, "File name too long"),
+    ("x/" * 3000, "longer than 4096"),
+    ("./" * 2000 + "a/" * 10, "No such file"),
+    ("\ud800", "surrogate"),
+]
+
+
+async def test_what_cannot_be_read(api: Api) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s /etc/passwd to_etc; ln -s ../../passwd to_above; ln -s directory to_directory;"
         "ln -s /etc to_etc_directory; ln -s circle circle; mkfifo fifo;"
         "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('socket')\""
     )
     start = time.monotonic()
-    result = await read(api, path)
-    assert not result["success"]
-    assert reason in result["error"]
-    assert result["error"].count("\n") == 0
-    assert time.monotonic() - start < 5
+    for path, reason in UNREADABLE:
+        result = await read(api, path)
+        assert not result["success"], path
+        assert reason in result["error"], path
+        assert result["error"].count("\n") == 0, path
+    assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize(
-    "path", ["directory", "to_etc_directory/new", "fifo", "/etc/new", "../new", "file/below", "circle", "closed/x"]
-)
-async def test_what_cannot_be_written(api: Api, server: RunningServer, path: str) -> None:
+async def test_what_cannot_be_written(api: Api, server: RunningServer) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s /etc to_etc_directory; ln -s circle circle; mkfifo fifo; mkdir -m 0 closed"
     )
-    if path == "closed/x" and os.stat(f"/proc/{server.process.pid}").st_uid == 0:
-        pytest.skip("nothing is closed to root")
-    result = await write(api, path, "content")
-    assert not result["success"], result
-    assert path.split("/", maxsplit=1)[0] in result["error"]
+    paths = ["directory", "to_etc_directory/new", "fifo", "/etc/new", "../new", "file/below", "circle"]
+    if os.stat(f"/proc/{server.process.pid}").st_uid != 0:
+        paths.append("closed/x")
+    for path in paths:
+        result = await write(api, path, "content")
+        assert not result["success"], path
+        assert path.split("/", maxsplit=1)[0] in result["error"], path
     assert "new" not in os.listdir("/etc")
     assert await api.output("chmod 700 closed; ls -A . closed | grep tmp | wc -l") == "0\n"
 

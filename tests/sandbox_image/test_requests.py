@@ -41,11 +41,11 @@ def server(request: pytest.FixtureRequest) -> Any:
     ],
     ids=["empty", "cut", "word", "bytes", "deep list", "deep object", "nan", "digits", "string", "null", "number", "nul"],
 )
-async def test_bodies_that_are_not_requests(api: Api, route: str, body: bytes) -> None:
-    async with api.session.post(route, data=body) as response:
+async def test_bodies_that_are_not_requests(visitor: Api, route: str, body: bytes) -> None:
+    async with visitor.session.post(route, data=body) as response:
         failure = json.loads(await response.read())
         assert (response.status, failure["kind"]) == (400, "bad_request"), failure
-    assert (await api.get("/health"))[0] == 200
+    assert (await visitor.get("/health"))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -95,40 +95,40 @@ async def test_bodies_that_are_not_requests(api: Api, route: str, body: bytes) -
         ("/artifacts/archive", {"slot_id": "slot_0", "format": "zip"}),
     ],
 )
-async def test_requests_that_make_no_sense(api: Api, route: str, payload: object) -> None:
-    status, failure = await api.post(route, payload)
+async def test_requests_that_make_no_sense(visitor: Api, route: str, payload: object) -> None:
+    status, failure = await visitor.post(route, payload)
     assert (status, failure["kind"]) == (400, "bad_request"), failure
     assert failure["error"]
     assert "\n" not in failure["error"]
 
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route != "/batch"])
-async def test_unknown_slots(api: Api, route: str) -> None:
+async def test_unknown_slots(visitor: Api, route: str) -> None:
     fields = {
         "/execute": {"tool": "bash", "args": {"command": "true"}},
         "/layers": {"name": "x"},
         "/artifacts/read": {"path": "x"},
     }
     for slot in ("slot_2", "slot_-1", "", "slot_0/../slot_1"):
-        status, failure = await api.post(route, {"slot_id": slot, **fields.get(route, {})})
+        status, failure = await visitor.post(route, {"slot_id": slot, **fields.get(route, {})})
         assert (status, failure["kind"]) == (404, "not_found")
 
 
-async def test_unknown_routes(api: Api) -> None:
+async def test_unknown_routes(visitor: Api) -> None:
     for method, path in (("GET", "/"), ("GET", "/execute"), ("POST", "/health"), ("PUT", "/reset"), ("GET", "/../etc/passwd")):
-        async with api.session.request(method, path) as response:
+        async with visitor.session.request(method, path) as response:
             assert (response.status, json.loads(await response.read())["kind"]) == (404, "not_found")
 
 
-async def test_too_large(api: Api) -> None:
-    status, failure = await api.post("/batch", [GOOD] * 1001)
+async def test_too_large(visitor: Api) -> None:
+    status, failure = await visitor.post("/batch", [GOOD] * 1001)
     assert (status, failure["kind"]) == (413, "too_large")
 
     async def endless() -> Any:
         for _ in range(129):
             yield b" " * 2**20
 
-    async with api.session.post("/execute", data=endless()) as response:
+    async with visitor.session.post("/execute", data=endless()) as response:
         assert (response.status, json.loads(await response.read())["kind"]) == (413, "too_large")
 
 
