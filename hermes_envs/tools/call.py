@@ -20,6 +20,8 @@ class ToolCall:
     arguments: dict[str, Any] | None
     raw: str = ""
     error: str | None = None
+    text: str | None = None
+    """Arguments that are plain text: a tool that needs one text, and nothing else, can still be called with it."""
 
     @classmethod
     def parse(cls, id: str, name: str, arguments: object, raw: str = "") -> ToolCall:
@@ -30,11 +32,13 @@ class ToolCall:
         if arguments is None or arguments == "":
             return cls(id, name, {}, raw)
         if isinstance(arguments, str):
+            written = arguments
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(written)
             # A RecursionError is what thousands of nested brackets give.
             except (ValueError, RecursionError) as reason:
-                return cls(id, name, None, raw or str(arguments), f"arguments are not valid JSON: {reason}")
+                plain = None if written.lstrip().startswith(("{", "[", '"')) else written
+                return cls(id, name, None, raw or written, f"arguments are not valid JSON: {reason}", plain)
         if isinstance(arguments, dict):
             try:
                 # Python's parser lets through what no other program can read: NaN, Infinity and lone surrogates.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -46,6 +47,7 @@ class ToolExecutor:
         Raises:
             SandboxError: the slot failed; the call's fate is unknown.
         """
+        call = self._with_text_as_argument(call)
         problem = self._find_problem(call)
         if problem is not None or call.arguments is None:
             return ToolResult(call, f"Error: {problem}", ok=False, executed=False)
@@ -54,6 +56,12 @@ class ToolExecutor:
         result = await workspace.backend.execute(workspace.slot, tool, arguments, timeout_s=timeout_s)
         content = await self._fit(workspace, call, _describe(result))
         return ToolResult(call, content, ok=result.success, metadata=result.metadata)
+
+    def _with_text_as_argument(self, call: ToolCall) -> ToolCall:
+        tool = self.tools.get(call.name)
+        if tool is None or call.text is None or tool.sole_text_parameter is None:
+            return call
+        return replace(call, arguments={tool.sole_text_parameter: call.text}, error=None)
 
     def _find_problem(self, call: ToolCall) -> str | None:
         if call.error is not None:

@@ -32,6 +32,14 @@ class Tool:
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
+    @property
+    def sole_text_parameter(self) -> str | None:
+        """The only parameter that a call needs, if that is a text."""
+        match self.parameters.get("required"):
+            case [str(name)] if self.parameters["properties"][name]["type"] == "string":
+                return name
+        return None
+
 
 def _run_command(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
     return "bash", {"command": arguments["command"], "cwd": workspace.cwd, "env": workspace.env}

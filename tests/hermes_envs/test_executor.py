@@ -68,6 +68,13 @@ async def test_a_call_that_cannot_be_run_is_answered(workspace: Workspace, wrong
     assert words in result.content
 
 
+async def test_plain_text_is_the_argument_of_a_tool_that_needs_one_text(workspace: Workspace) -> None:
+    run = executor()
+    assert (await run.execute(workspace, call("terminal", "echo one && echo two"))).content == "one\ntwo"
+    written = await run.execute(workspace, call("write_file", "notes.txt"))
+    assert (written.executed, "not valid JSON" in written.content) == (False, True)
+
+
 async def test_timeouts(workspace: Workspace) -> None:
     run = executor(tool_timeout_s=0.5)
     result = await run.execute(workspace, call("terminal", {"command": "echo started; sleep 60"}))
