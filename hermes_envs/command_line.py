@@ -6,21 +6,18 @@ import asyncio
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_cli import run_and_exit
 from pydantic_cli.argparse import FailedExecutionException
 
 from backends.errors import SandboxError
 from hermes_envs.errors import ConfigError, HermesEnvsError
-
-if TYPE_CHECKING:
-    from hermes_envs.env import AgentEnv
 
 _PACKAGE = Path(__file__).parent
 _SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
@@ -28,20 +25,19 @@ _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
 
 
-def run(environment: type[AgentEnv]) -> None:
-    """Run atroposlib's `serve`, `process` or `evaluate` and exit with its status: 1 for an error, 2 for a wrong flag."""
+def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], description: str) -> None:
+    """Run one of atroposlib's commands and exit with its status: 1 for an error, 2 for a wrong flag.
+
+    `commands` makes the model of each command's flags; `options` is what may stand below `env:` in a file.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     sys.argv[1:] = _locate_config(_attach_negative_numbers(sys.argv[1:]))
     try:
-        _check_config_file(environment, sys.argv[1:])
-        commands = {
-            "serve": environment.get_cli_serve_config_cls(),
-            "process": environment.get_cli_process_config_cls(),
-            "evaluate": environment.get_cli_evaluate_config_cls(),
-        }
-        run_and_exit(commands, description=environment.__doc__, exception_handler=_explain)
+        _check_config_file(options, sys.argv[1:])
+        flags = {name: make() for name, make in commands.items()}
+        run_and_exit(flags, description=description, exception_handler=_explain)
     except ConfigError as reason:
         sys.exit(_explain(reason))
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -78,7 +74,7 @@ def _attach_negative_numbers(arguments: Sequence[str]) -> list[str]:
     return attached
 
 
-def _check_config_file(environment: type[AgentEnv], arguments: Sequence[str]) -> None:
+def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> None:
     """Reject what atroposlib would ignore or answer with a traceback.
 
     Raises:
@@ -96,7 +92,7 @@ def _check_config_file(environment: type[AgentEnv], arguments: Sequence[str]) ->
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: {path}: expected sections {', '.join(_SECTIONS)}")
     _check_keys(path, "", content, _SECTIONS)
-    _check_keys(path, "env.", content.get("env") or {}, environment.env_config_cls.model_fields)
+    _check_keys(path, "env.", content.get("env") or {}, options.model_fields)
     servers = content.get("openai") or []
     for server in [servers] if isinstance(servers, Mapping) else servers:
         _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})

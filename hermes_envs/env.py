@@ -119,7 +119,12 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     @classmethod
     def cli(cls) -> None:
         """Run `serve`, `process` or `evaluate` from the command line; every foreseeable error is one line."""
-        command_line.run(cls)
+        commands = {
+            "serve": cls.get_cli_serve_config_cls,
+            "process": cls.get_cli_process_config_cls,
+            "evaluate": cls.get_cli_evaluate_config_cls,
+        }
+        command_line.run(commands, cls.env_config_cls, cls.__doc__ or "")
 
     # --- what an environment overrides ---------------------------------------------------------------------------------
 

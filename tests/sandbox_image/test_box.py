@@ -6,8 +6,6 @@ import os
 import socket
 import textwrap
 
-import pytest
-
 from tests.sandbox_image.running import Api, RunningServer, open_directory, running
 
 
