@@ -102,8 +102,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     ) -> None:
         self._servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
+        # The trainer's API refuses an environment without a name.
+        config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
         if config.policy != "tokens":
-            config = config.model_copy(update={"tokenizer_name": str(PLACEHOLDER_TOKENIZER)})
+            config.tokenizer_name = str(PLACEHOLDER_TOKENIZER)
             self.server_cls = UnusedServer
         super().__init__(config, self._servers, slurm=slurm, testing=testing)
         self.summary = Summary()
