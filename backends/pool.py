@@ -122,6 +122,8 @@ class SlotPool:
                 self.release(slot)
                 raise
             self.release(slot)
+            if asyncio.get_running_loop().time() > deadline:
+                raise self._timed_out()
 
     def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """As `ToolBackend.release`; the reset goes on in the background."""
@@ -187,12 +189,13 @@ class SlotPool:
 
     def _expire(self, waiter: asyncio.Future[_Place]) -> None:
         if not waiter.done():
-            reason = "" if self._last_failure is None else f"; the last slot that failed: {self._last_failure}"
-            waiter.set_exception(
-                AcquireTimeoutError(
-                    f"none of {self.slots} slots became free within acquire_timeout_s={self._acquire_timeout_s:g}{reason}"
-                )
-            )
+            waiter.set_exception(self._timed_out())
+
+    def _timed_out(self) -> AcquireTimeoutError:
+        reason = "" if self._last_failure is None else f"; the last slot that failed: {self._last_failure}"
+        return AcquireTimeoutError(
+            f"none of {self.slots} slots became free within acquire_timeout_s={self._acquire_timeout_s:g}{reason}"
+        )
 
     def _offer(self, place: _Place) -> None:
         """A slot is free: it goes to whoever has waited longest."""

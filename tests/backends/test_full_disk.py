@@ -1,0 +1,56 @@
+"""A workspace on a full disk: the problem of the command that fills it, and an error with the reason when no slot can be made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.base import Layer, Slot
+from backends.errors import AcquireTimeoutError
+from backends.local import LocalBackend, LocalOptions
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="small-disk-") as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m,mode=755", "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+async def backend(small_disk: Path) -> AsyncIterator[LocalBackend]:
+    options = LocalOptions(local_slots=2, local_data_dir=str(small_disk), acquire_timeout_s=2)
+    async with LocalBackend(options) as started:
+        yield started
+
+
+async def test_what_does_not_fit_is_told_and_the_room_comes_back(backend: LocalBackend) -> None:
+    async with backend.slot("greedy") as slot:
+        result = await backend.execute(slot, "bash", {"command": "cat /dev/zero > big"})
+        assert not result.success
+        assert "No space left on device" in result.output
+        written = await backend.execute(slot, "write_file", {"path": "more", "content": "x" * 100_000})
+        assert not written.success
+        assert "No space left on device" in str(written.error)
+    async with backend.slot("next") as slot:
+        assert (await backend.execute(slot, "write_file", {"path": "more", "content": "x" * 100_000})).success
+
+
+async def test_a_layer_that_does_not_fit_twice_is_an_error_with_the_reason(backend: LocalBackend) -> None:
+    async def build(slot: Slot) -> None:
+        assert (await backend.execute(slot, "bash", {"command": "head -c 4000000 /dev/zero > big"})).success
+
+    with pytest.raises(AcquireTimeoutError, match=r"No space left on device"):
+        await backend.acquire("t", layer=Layer("large", build))
+    async with backend.slot("small") as slot:
+        assert (await backend.execute(slot, "bash", {"command": "true"})).success
