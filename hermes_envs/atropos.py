@@ -49,6 +49,11 @@ def usable_endpoints(policy: str, servers: ServerBaseline | list[APIServerConfig
     return [server.model_copy(update={"api_key": server.api_key or "none"}) for server in configured]
 
 
+def hide_api_keys() -> None:
+    """Keep keys out of what atroposlib's commands print: the whole configuration of each endpoint."""
+    APIServerConfig.model_fields["api_key"].repr = False
+
+
 def flushing_writer(writer: jsonlines.Writer | None, path: str) -> jsonlines.Writer:
     """A writer of groups that keeps none in memory, in the place of atroposlib's: what is collected survives whatever comes."""
     if writer is not None:

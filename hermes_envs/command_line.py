@@ -17,6 +17,7 @@ from pydantic_cli import run_and_exit
 from pydantic_cli.argparse import FailedExecutionException
 
 from backends.errors import SandboxError
+from hermes_envs.atropos import hide_api_keys
 from hermes_envs.errors import ConfigError, HermesEnvsError
 
 _PACKAGE = Path(__file__).parent
@@ -33,6 +34,7 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
+    hide_api_keys()
     sys.argv[1:] = _locate_config(_attach_negative_numbers(sys.argv[1:]))
     try:
         _check_config_file(options, sys.argv[1:])

@@ -137,6 +137,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     async def get_next_item(self) -> Any:
         """The next task, or None when there are no more."""
 
+    def number_of_items(self) -> int | None:
+        """How many items `get_next_item` has in `process`; None if nobody knows."""
+        return None
+
     @abstractmethod
     async def build_task(self, item: Any) -> AgentTask:
         """Turn an item into what a trajectory starts from.
@@ -299,6 +303,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                     concurrency=self.config.max_concurrent_groups,
                     attempts=self.config.group_attempts,
                 )
+                reporter.expect(min(self.n_groups_to_process, self.number_of_items() or self.n_groups_to_process))
                 with reporter:
                     await queue.run(self.n_groups_to_process, self.summary)
         finally:

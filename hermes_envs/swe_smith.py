@@ -193,6 +193,10 @@ class SweSmithEnv(AgentEnv):
         self._position += 1
         return self._order[self._position - 1]
 
+    def number_of_items(self) -> int:
+        """All tasks, or `max_items` of them."""
+        return len(self._order)
+
     def item_name(self, item: SweTask) -> str:
         """The instance id."""
         return item.instance_id

@@ -94,8 +94,7 @@ class SlotServer:
         """The server for aiohttp: its low-level one, because a dozen fixed routes need no router on every call."""
         loop = asyncio.get_running_loop()
 
-        def request(*parts: Any) -> web.BaseRequest:
-            message, payload, protocol, writer, task = parts
+        def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=MAX_REQUEST_BYTES)
 
         return web.Server(self._answer, request_factory=request, access_log=None)
@@ -229,7 +228,7 @@ class SlotServer:
 
 async def _body(request: web.BaseRequest) -> Any:
     try:
-        return json.loads(await request.read())
+        return json.loads((await request.read()).decode())
     except web.HTTPRequestEntityTooLarge as error:
         raise RequestError(ErrorKind.TOO_LARGE, f"the request has more than {MAX_REQUEST_BYTES} bytes") from error
     except (ValueError, RecursionError) as error:

@@ -45,9 +45,7 @@ class TaskRepository:
         files = list(_source_files(directory))
         listing = "\n".join(str(path.absolute()) for path in files).encode()
         blobs = self._git("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=listing).decode().split()
-        entries = {
-            path.relative_to(directory).as_posix(): (_mode(path), blob) for path, blob in zip(files, blobs, strict=True)
-        }
+        entries = {path.relative_to(directory).as_posix(): (_mode(path), blob) for path, blob in zip(files, blobs, strict=True)}
         return self._write_tree(None, entries)
 
     def edited_tree(self, tree: str, contents: Mapping[str, bytes]) -> str:

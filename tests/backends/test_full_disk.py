@@ -1,4 +1,4 @@
-"""A workspace on a full disk: the problem of the command that fills it, and an error with the reason when no slot can be made."""
+"""A workspace on a full disk: the problem of the command that fills it, and a reason when no slot can be made."""
 
 from __future__ import annotations
 

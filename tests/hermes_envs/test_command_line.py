@@ -197,3 +197,15 @@ def test_serve_wants_tokens(command_line: CommandLine, tmp_path: Path) -> None:
     write_task_folder(tmp_path / "tasks")
     done = command_line.run("serve", "--env.policy", "oracle", "--env.dataset_name", "tasks")
     assert "env.policy: 'oracle' has no exact tokens" in error_of(done)
+
+
+@pytest.mark.filterwarnings("ignore:You are using a local Base URL")
+def test_keys_are_not_printed(command_line: CommandLine, tmp_path: Path) -> None:
+    write_task_folder(tmp_path / "tasks")
+    done = command_line.run(
+        "process",
+        *("--env.policy=oracle", "--env.dataset_name=missing.jsonl", "--env.use_wandb=false"),
+        *("--openai.api_key=very-secret", "--openai.base_url=http://127.0.0.1:9/v1"),
+    )
+    assert "http://127.0.0.1:9/v1" in done.stdout
+    assert "very-secret" not in done.stdout + done.stderr
