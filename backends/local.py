@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from backends.errors import BackendConfigError, SandboxError, SandboxUnavailableError, SlotLostError
-from backends.local_server import LocalServer
+from backends.local_server import LocalServer, remove_abandoned
 from backends.pool import SlotPool
 from backends.pooled import PooledBackend, PoolOptions
 from backends.sandbox import Sandbox
@@ -55,6 +55,7 @@ class LocalBackend(PooledBackend):
             return
         if self._options.local_isolation == "none" and self._options.require_sandbox:
             raise BackendConfigError("local_isolation: `none` needs `require_sandbox: false`; or use `bubblewrap`")
+        await asyncio.to_thread(remove_abandoned, self._options.local_data_dir)
         self._pool = self._new_pool()
         try:
             await self._launch(self._pool)

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from backends.client import SlotServerClient
 from backends.codec import shown
 from backends.errors import BackendConfigError, SandboxUnavailableError
 from backends.teardown import finish
+from sandbox_image.datadir import DataDir
 from sandbox_image.protocol import VERSION
 from sandbox_image.trees import remove_tree
 
@@ -27,6 +29,8 @@ _MAX_SOCKET_PATH = 107
 _KEPT_CHARS = 4000
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ")
 _REMOVALS = 5
+_PREFIX = "hermes-envs-"
+_ABANDONED_AFTER_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -146,10 +150,26 @@ def _socket(directory: Path) -> Path:
     return directory / "socket"
 
 
+def remove_abandoned(parent: str | None) -> None:
+    """Remove what runs have left that were killed together with their slot servers; nobody was there to do it."""
+    for directory in _where(parent).glob(f"{_PREFIX}*"):
+        try:
+            found = directory.lstat()
+            # A server that is just starting has not locked its directory yet.
+            if found.st_uid == os.geteuid() and found.st_mtime < time.time() - _ABANDONED_AFTER_S:
+                DataDir.remove_abandoned(directory)
+        except OSError as error:
+            _log.warning("%s cannot be removed: %s", directory, error)
+
+
+def _where(parent: str | None) -> Path:
+    return Path(parent or tempfile.gettempdir()).resolve()
+
+
 def _choose_directory(parent: str | None) -> Path:
     """A path for the directory of one server, at which nothing is yet."""
-    where = Path(parent or tempfile.gettempdir()).resolve()
-    directory = where / f"hermes-envs-{secrets.token_hex(6)}"
+    where = _where(parent)
+    directory = where / f"{_PREFIX}{secrets.token_hex(6)}"
     if len(os.fsencode(_socket(directory))) > _MAX_SOCKET_PATH:
         raise BackendConfigError(
             f"local_data_dir: {where} is too long for a unix socket below it, which has {_MAX_SOCKET_PATH} bytes for its path"

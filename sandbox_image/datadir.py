@@ -59,6 +59,26 @@ class DataDir:
         claimed.trash.mkdir(mode=0o700)
         return claimed
 
+    @classmethod
+    def remove_abandoned(cls, path: Path) -> bool:
+        """Remove the directory of a server that was killed together with its parent; False if it is not one, or is in use.
+
+        Raises:
+            OSError: something in it belongs to somebody else.
+        """
+        try:
+            lock = os.open(path / _MARKER, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_tree(path)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(lock)
+        return True
+
     def release(self, *, with_parent: bool = False) -> None:
         """Remove everything that the server has made; the directory itself as well if it is the server's or its dead parent's.
 

@@ -53,10 +53,12 @@ class Init:
         self._workspace = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         self._environment = dict(os.environb)
         self._streams = (
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, os.open("/dev/null", os.O_RDONLY), 0),
             (os.POSIX_SPAWN_DUP2, output, 1),
             (os.POSIX_SPAWN_DUP2, output, 2),
         )
+        # Found once: /bin is a link, and so is sh.
+        self._shell = os.path.realpath("/bin/sh")
         self._alone = os.getpid() == 1
         self._events = select.poll()
         self._events.register(control, select.POLLIN)
@@ -119,7 +121,7 @@ class Init:
         try:
             # Python ignores SIGPIPE and SIGXFSZ, and what is ignored stays so across exec.
             return os.posix_spawn(
-                "/bin/sh", argv, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_IGNORED_BY_PYTHON
+                self._shell, argv, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_IGNORED_BY_PYTHON
             )
         finally:
             if cwd:

@@ -20,6 +20,7 @@ import pytest
 
 import backends
 from backends import BackendConfigError, BackendOptions, create_tool_backend
+from tests.support.processes import below
 
 CHECKOUT = Path(backends.__path__[0]).parent
 
@@ -28,8 +29,8 @@ AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
 Remains = Callable[[Path], list[str]]
 
 
-async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains: Remains) -> None:
-    data = tmp_path / "data"
+async def busy_parent(data: Path) -> asyncio.subprocess.Process:
+    """A process with a backend, in one slot of which a command runs."""
     program = """
         import asyncio, sys
         from backends import BackendOptions, create_tool_backend
@@ -52,6 +53,12 @@ async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains
     assert await parent.stdout.readline() == b"ready\n"
     # The command is to be running, too.
     await asyncio.sleep(0.5)
+    return parent
+
+
+async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains: Remains) -> None:
+    data = tmp_path / "data"
+    parent = await busy_parent(data)
     assert len(remains(data)) >= 3
     parent.send_signal(signal.SIGKILL)
     await parent.wait()
@@ -59,6 +66,27 @@ async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains
         if not remains(data):
             break
         await asyncio.sleep(0.05)
+    assert remains(data) == []
+
+
+async def test_what_a_parent_killed_together_with_its_server_leaves_goes_at_the_next_start(
+    tmp_path: Path, remains: Remains
+) -> None:
+    data = tmp_path / "data"
+    parent = await busy_parent(data)
+    [server] = [process for process in below(parent.pid) if "sandbox_image.server" in process.command]
+    parent.send_signal(signal.SIGSTOP)
+    os.kill(server.pid, signal.SIGKILL)
+    parent.send_signal(signal.SIGKILL)
+    await parent.wait()
+    [abandoned] = data.iterdir()
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(data))) as backend:
+        # It could be that of a server which is just starting.
+        assert abandoned.exists()
+        await backend.stop()
+    os.utime(abandoned, (0, 0))
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(data))):
+        assert not abandoned.exists()
     assert remains(data) == []
 
 
