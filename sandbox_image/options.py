@@ -1,0 +1,70 @@
+"""The slot server's command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from sandbox_image.blueprint import Isolation
+from sandbox_image.errors import StartupError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    host: str
+    port: int | None
+    slots: int
+    data_dir: Path
+    token: str | None
+    unix_socket: str | None
+    read_only: tuple[str, ...]
+    isolation: Isolation
+    die_with_parent: bool
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> Options:
+        """Read the command line; ends the process with status 2 if it makes no sense.
+
+        Raises:
+            StartupError: the token file cannot be read or is empty.
+        """
+        parser = argparse.ArgumentParser(prog="python -m sandbox_image.server", description="Sandboxed slots over HTTP.")
+        parser.add_argument("--host", default="127.0.0.1")
+        parser.add_argument("--port", type=int, help="0 takes a free one; without it and with --unix-socket there is no TCP")
+        parser.add_argument("--slots", type=int, default=1)
+        parser.add_argument("--data-dir", type=Path, required=True, help="workspaces and layers; emptied at start and end")
+        parser.add_argument("--token-file", type=Path, help="requests must carry the token in it")
+        parser.add_argument("--unix-socket", help="listen here, for this user only")
+        parser.add_argument("--read-only", action="append", default=[], metavar="PATH", help="show this tree in the boxes")
+        parser.add_argument("--isolation", choices=["bubblewrap", "none"], default="bubblewrap")
+        parser.add_argument("--die-with-parent", action="store_true", help="stop when standard input ends")
+        given = parser.parse_args(argv)
+        if not 1 <= given.slots <= 4096:
+            parser.error("--slots must be between 1 and 4096")
+        if given.port is None and given.unix_socket is None:
+            parser.error("give --port, --unix-socket or both")
+        return cls(
+            host=given.host,
+            port=given.port,
+            slots=given.slots,
+            data_dir=given.data_dir,
+            token=None if given.token_file is None else _read_token(given.token_file),
+            unix_socket=given.unix_socket,
+            read_only=tuple(given.read_only),
+            isolation=cast(Isolation, given.isolation),
+            die_with_parent=given.die_with_parent,
+        )
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--token-file {path}: {error}") from error
+    if not token:
+        raise StartupError(f"--token-file {path}: it is empty")
+    return token
