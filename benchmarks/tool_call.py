@@ -5,8 +5,9 @@
 Runs `sh -c true` in five ways that take turns, so that a busy machine disturbs all of them alike:
 
 - bare: `posix_spawn` and `waitpid` in a loop; several callers are several processes
-- server, unix / tcp: a `bash` call through a slot server, by the client that the local backend uses
-- server, raw: the same over a unix socket by a client that only writes and reads bytes: what is not the HTTP client's cost
+- server, socket: a `bash` call through a slot server's HTTP API over a unix socket, measured as bare is: blocking, several
+  callers are several processes
+- server, unix / tcp: the same by the asynchronous client that the local backend uses; several callers are tasks of one process
 - bubblewrap per call: a new box for each command, with the options that a slot's box has
 
 and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers on 8 slots. Needs
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -72,25 +74,50 @@ def spawn_until(argv: list[str], deadline: float) -> list[float]:
     return times
 
 
-async def spawn(argv: list[str], callers: int, seconds: float) -> list[list[float]]:
-    """Spawn in as many processes as there are callers: no interpreter lock stands between them."""
+def call_until(socket_path: str, slot: int, deadline: float) -> list[float]:
+    """As `spawn_until`, through the HTTP API of a slot server: a blocking socket, no library."""
+    body = call_of(slot).body
+    request = f"POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    times = []
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(socket_path)
+        while (start := time.perf_counter()) < deadline:
+            connection.sendall(request)
+            answer = connection.recv(65536)
+            head, _, result = answer.partition(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            while len(result) < length:
+                result += connection.recv(65536)
+            outcome = json.loads(result)
+            times.append(time.perf_counter() - start)
+            assert outcome["success"], outcome
+    return times
+
+
+async def in_processes(work: Callable[[int, float], list[float]], callers: int, seconds: float) -> list[list[float]]:
+    """Let each caller work until a deadline in a process of its own: no interpreter lock stands between them."""
     if callers == 1:
-        return [spawn_until(argv, time.perf_counter() + seconds)]
+        return [work(0, time.perf_counter() + seconds)]
     context = multiprocessing.get_context("fork")
     times = context.SimpleQueue()
     start = context.Barrier(callers)
 
-    def work() -> None:
+    def run(caller: int) -> None:
         start.wait()
-        times.put(spawn_until(argv, time.perf_counter() + seconds))
+        times.put(work(caller, time.perf_counter() + seconds))
 
-    workers = [context.Process(target=work) for _ in range(callers)]
+    workers = [context.Process(target=run, args=(caller,)) for caller in range(callers)]
     for worker in workers:
         worker.start()
     taken = [times.get() for _ in workers]
     for worker in workers:
         worker.join()
     return taken
+
+
+async def spawn(argv: list[str], callers: int, seconds: float) -> list[list[float]]:
+    """Spawn a command from several callers."""
+    return await in_processes(lambda caller, deadline: spawn_until(argv, deadline), callers, seconds)
 
 
 def call_of(slot: int) -> EncodedCall:
@@ -114,27 +141,9 @@ async def call_server(client: SlotServerClient, callers: int, seconds: float) ->
     return await asyncio.gather(*map(work, range(callers)))
 
 
-async def call_raw(socket_path: str, callers: int, seconds: float) -> list[list[float]]:
-    """As `call_server`, without an HTTP library."""
-    deadline = time.perf_counter() + seconds
-
-    async def work(slot: int) -> list[float]:
-        reader, writer = await asyncio.open_unix_connection(socket_path)
-        body = call_of(slot).body
-        head = f"POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        times = []
-        while (start := time.perf_counter()) < deadline:
-            writer.write(head.encode() + body)
-            answer = await reader.readuntil(b"\r\n\r\n")
-            length = int(answer.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-            result = json.loads(await reader.readexactly(length))
-            times.append(time.perf_counter() - start)
-            assert result["success"], result
-        writer.close()
-        await writer.wait_closed()
-        return times
-
-    return await asyncio.gather(*map(work, range(callers)))
+async def call_blocking(socket_path: str, callers: int, seconds: float) -> list[list[float]]:
+    """Call a slot server as `spawn` spawns: blocking, each caller in a process of its own."""
+    return await in_processes(lambda caller, deadline: call_until(socket_path, caller, deadline), callers, seconds)
 
 
 @contextmanager
@@ -162,9 +171,9 @@ async def measure(directory: Path, seconds: float) -> dict[str, Measurement]:
         ):
             ways: dict[str, Way] = {
                 "bare": lambda callers, share: spawn(COMMAND, callers, share),
+                "server, socket": lambda callers, share: call_blocking(socket_path, callers, share),
                 "server, unix": lambda callers, share: call_server(over_unix, callers, share),
                 "server, tcp": lambda callers, share: call_server(over_tcp, callers, share),
-                "server, raw": lambda callers, share: call_raw(socket_path, callers, share),
                 "bubblewrap per call": lambda callers, share: spawn(bubblewrap(directory), callers, share),
             }
             results = {name: Measurement() for name in ways}

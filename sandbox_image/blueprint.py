@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sandbox_image import compile_init
 from sandbox_image.errors import StartupError
 from sandbox_image.mounts import Stage
 from sandbox_image.protocol import WORKSPACE
@@ -22,6 +23,7 @@ FIRST_SLOT_UID = 60_000
 HOME = "/home/user"
 HOSTNAME = "sandbox"
 INIT_IN_BOX = "/init.py"
+COMPILED_LOOP_IN_BOX = "/init_loop"
 PROCESS_LIMITS = {"NOFILE": 4096, "NPROC": 1024, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
 """Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
 TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, "/run": 16 * 1024**2}
@@ -96,6 +98,8 @@ class Blueprint:
         slots_directory = data_dir / "slots"
         slots_directory.mkdir(mode=0o711)
         shutil.copyfile(Path(__file__).with_name("init.py"), slots_directory / "init.py")
+        if compile_init.PROGRAM.exists():
+            shutil.copy(compile_init.PROGRAM, slots_directory / compile_init.PROGRAM.name)
         trees = list(dict.fromkeys([str(slots_directory), *shown]))
         if os.geteuid() == 0:
             stage = Stage.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
@@ -133,6 +137,11 @@ class Blueprint:
             return [interpreter, *init]
         return [self.bubblewrap, *self._box_options(place, network), "--", os.path.realpath(sys.executable), *init]
 
+    @property
+    def has_compiled_init(self) -> bool:
+        """Whether boxes run the compiled loop of the init."""
+        return self.isolation != "none" and (self.slots_directory / compile_init.PROGRAM.name).exists()
+
     def staged(self, path: Path) -> str:
         """A path below the slots' directory as the user of a slot reaches it."""
         return f"{self.stage.source(str(self.slots_directory))}/{path.relative_to(self.slots_directory)}"
@@ -158,6 +167,7 @@ class Blueprint:
         enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in PROCESS_LIMITS.items()}
         if self.isolation == "none":
             return enforced
+        enforced["compiled_init"] = self.has_compiled_init
         enforced["tmpfs_bytes"] = dict(TMPFS_BYTES)
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
         return enforced
@@ -184,6 +194,8 @@ class Blueprint:
         for name in ("passwd", "group") if network else ("passwd", "group", "hosts"):
             argv += ["--ro-bind", self.staged(place.directory / name), f"/etc/{name}"]
         argv += ["--ro-bind", self.staged(self.slots_directory / "init.py"), INIT_IN_BOX]
+        if self.has_compiled_init:
+            argv += ["--ro-bind", self.staged(self.slots_directory / compile_init.PROGRAM.name), COMPILED_LOOP_IN_BOX]
         for path in self.shown:
             argv += ["--ro-bind", self.stage.source(path), path]
         argv += ["--bind", self.staged(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]

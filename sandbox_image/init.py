@@ -14,6 +14,8 @@ CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings with a NU
 
 A message that is too large for a packet is announced by the packet `@` and lies in the file that comes with the next one.
 
+Where the compiled loop is in the box (init_loop.c), this program becomes it after the report.
+
 OUTPUT is the write end of a pipe for what commands print. Without a PID namespace (no isolation) the process adopts orphans as
 a "child subreaper", so that it can still find and kill everything that a command left behind.
 """
@@ -34,6 +36,7 @@ from typing import Any, NoReturn
 
 PACKET_BYTES = 16384
 BY_REFERENCE = b"@"
+COMPILED_LOOP = "/init_loop"
 # The kernel takes 128 KiB per argument (MAX_ARG_STRLEN), the terminating NUL included.
 LONGEST_ARGUMENT = 128 * 1024 - 1
 SCRIPT_FD = 3
@@ -247,7 +250,20 @@ def main(control_fd: int, output: int, limits: dict[str, int]) -> NoReturn:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     init = Init(control, output)
     init.send(b"hello", json.dumps(report).encode())
+    if report["pid"] == 1:
+        become_compiled(control_fd, output)
     init.serve()
+
+
+def become_compiled(*descriptors: int) -> None:
+    """Go on as the compiled loop; returns where there is none, or none that runs here."""
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    try:
+        os.execve(COMPILED_LOOP, [COMPILED_LOOP, *map(str, descriptors)], os.environb)
+    except OSError:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
 
 
 if __name__ == "__main__":

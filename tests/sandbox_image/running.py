@@ -58,7 +58,8 @@ class RunningServer:
 
     def inits(self) -> list[int]:
         """The processes that are PID 1 of a box."""
-        return [pid for pid in self.processes() if "init.py" in command_line(pid) and "bwrap" not in command_line(pid)]
+        lines = {pid: command_line(pid) for pid in self.processes()}
+        return [pid for pid, line in lines.items() if ("init.py" in line or "init_loop" in line) and "bwrap" not in line]
 
     def stop(self) -> int:
         """End it in order; its exit status."""
@@ -104,9 +105,9 @@ def server_command(directory: Path, *options: str, slots: int = 2) -> list[str]:
     return ["-P", "-m", "sandbox_image.server", *listen, "--data-dir", str(directory / "data"), "--slots", str(slots), *options]
 
 
-def environment() -> dict[str, str]:
+def environment(checkout: Path = ROOT) -> dict[str, str]:
     """What a server needs, and a secret that nobody in a box may see."""
-    path = f"{ROOT}:{sysconfig.get_path('purelib')}"
+    path = f"{checkout}:{sysconfig.get_path('purelib')}"
     return {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": path,
@@ -164,10 +165,14 @@ def on_small_disk(directory: Path, megabytes: int) -> list[str]:
 
 @contextmanager
 def running(*options: str, slots: int = 2, other_user: bool = False) -> Iterator[RunningServer]:
-    """A server for a while; afterwards neither a process of it nor its data may be left."""
+    """A server for a while; afterwards neither a process of it nor its data may be left.
+
+    That of another user runs the init's Python loop, the other one the compiled loop if there is one: both are tested.
+    """
     with open_directory(other_user=other_user) as directory:
         prefix = as_other_user(directory) if other_user else [sys.executable]
-        server = launch([*prefix, *server_command(directory, *options, slots=slots)], directory)
+        checkout = without_compiled_loop(directory) if other_user else ROOT
+        server = launch([*prefix, *server_command(directory, *options, slots=slots)], directory, checkout=checkout)
         try:
             yield server
         finally:
@@ -179,9 +184,20 @@ def running(*options: str, slots: int = 2, other_user: bool = False) -> Iterator
         assert not server.data.exists()
 
 
-def launch(command: list[str], directory: Path, *, stdin: int | None = subprocess.DEVNULL) -> RunningServer:
+def without_compiled_loop(directory: Path) -> Path:
+    """A copy of the package in which the init has its Python loop alone."""
+    checkout = directory / "checkout"
+    shutil.copytree(
+        ROOT / "sandbox_image", checkout / "sandbox_image", ignore=shutil.ignore_patterns("init_loop", "__pycache__")
+    )
+    return checkout
+
+
+def launch(
+    command: list[str], directory: Path, *, stdin: int | None = subprocess.DEVNULL, checkout: Path = ROOT
+) -> RunningServer:
     """Start a server and wait until it listens; fails with what it printed if it does not."""
-    process = subprocess.Popen(command, cwd="/", env=environment(), stdin=stdin, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd="/", env=environment(checkout), stdin=stdin, stdout=subprocess.PIPE)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
