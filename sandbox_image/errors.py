@@ -1,11 +1,11 @@
 """What can go wrong in the slot server.
 
-    SlotServerError               everything below; the text is one line for a person
-    ├── StartupError              the server cannot run here; the text says why and what would help
-    ├── BoxError                  a box does not start, does not answer or died
-    ├── RequestError              a request that cannot be served; carries its `ErrorKind`
-    └── ToolError                 the arguments or the files of a tool call are at fault: an unsuccessful result
-        └── OutsideWorkspaceError a path leads out of the workspace
+SlotServerError               everything below; the text is one line for a person
+├── StartupError              the server cannot run here; the text says why and what would help
+├── BoxError                  a box does not start, does not answer or died
+├── RequestError              a request that cannot be served; carries its `ErrorKind`
+└── ToolError                 the arguments or the files of a tool call are at fault: an unsuccessful result
+    └── OutsideWorkspaceError a path leads out of the workspace
 """
 
 from __future__ import annotations
