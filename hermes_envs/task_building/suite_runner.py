@@ -18,6 +18,7 @@ from pathlib import Path
 from hermes_envs.errors import TaskBuildError
 from hermes_envs.python_environment import pack_test_tools
 from hermes_envs.task_building.box import Box, BoxResult
+from hermes_envs.task_building.source_distribution import write_members
 
 REPOSITORY = "/workspace/repo"
 _VIRTUAL_ENVIRONMENT = "/workspace/.venv"
@@ -123,7 +124,7 @@ class SuiteRunner:
         venv.EnvBuilder(symlinks=True).create(self._environment)
         site_packages = self._environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         with tarfile.open(fileobj=BytesIO(pack_test_tools())) as archive:
-            archive.extractall(site_packages, filter="data")
+            write_members(archive, archive, site_packages)
         (site_packages / "task_repository.pth").write_text(f"{REPOSITORY}/src\n{REPOSITORY}\n")
 
     def _copy(self, tree: Path, edits: Mapping[str, bytes]) -> _Copy:
