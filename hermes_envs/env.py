@@ -304,11 +304,13 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                     attempts=self.config.group_attempts,
                 )
                 reporter.expect(min(self.n_groups_to_process, self.number_of_items() or self.n_groups_to_process))
-                with reporter:
-                    await queue.run(self.n_groups_to_process, self.summary)
+                try:
+                    with reporter:
+                        await queue.run(self.n_groups_to_process, self.summary)
+                finally:
+                    reporter.conclude(self.summary)
         finally:
             self.jsonl_writer.close()
-            reporter.conclude(self.summary)
         if not self.summary.trajectories:
             raise NothingCollectedError("no trajectory was collected")
         await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
