@@ -174,7 +174,9 @@ class GroupQueue:
     async def _finish(self, task: asyncio.Task[Group], running: dict[asyncio.Task[Group], _Attempt], summary: Summary) -> None:
         attempt = running.pop(task)
         group = self.lost(attempt.item, "its task was cancelled") if task.cancelled() else task.result()
-        if not group.trajectories and attempt.number < self.attempts:
+        # A task that was set aside would only be set aside again.
+        is_final = bool(group.trajectories) or group.name in summary.set_aside
+        if not is_final and attempt.number < self.attempts:
             self._start(running, _Attempt(attempt.item, attempt.number + 1, attempt.started))
             return
         summary.add(group)

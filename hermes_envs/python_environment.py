@@ -108,6 +108,12 @@ async def checkout(workspace: Workspace, snapshot: Snapshot) -> None:
         raise EnvironmentBuildError(f"cannot check the repository out: {explain(result)}")
 
 
+async def installed_modules(workspace: Workspace) -> list[str]:
+    """The names of the modules and packages in the environment of a clean slot."""
+    result = await workspace.run(f"ls -1 {_SITE_PACKAGES}")
+    return [entry.split(".", 1)[0] for entry in result.output.splitlines()]
+
+
 def clone_command(bundle: str, directory: str, *options: str) -> str:
     """A shell command that clones a bundle and forgets where it came from."""
     clone = shlex.join(["git", "clone", "--quiet", *options, bundle, directory])

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import DatasetError, EnvironmentBuildError
-from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch
+from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch, list_files
 from hermes_envs.grading.protection import Protection
 from hermes_envs.grading.test_run import run_tests
-from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment
+from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
 from hermes_envs.repository import RepositoryCache
 from hermes_envs.task_set import Row, TaskSet, missing_columns
 from hermes_envs.tools.call import ToolCall
@@ -163,7 +163,9 @@ class SweSmithEnv(AgentEnv):
             except DatasetError as reason:
                 self.summary.skipped_rows.append(str(reason))
                 continue
-            if task.is_python or not self.config.python_only:
+            if not self._tests(task):
+                self.summary.skipped_rows.append(f"{task.instance_id}: there is no test that it must pass")
+            elif task.is_python or not self.config.python_only:
                 tasks.append(task)
         if not tasks:
             why = f": {self.summary.skipped_rows[0]}" if self.summary.skipped_rows else ""
@@ -244,7 +246,8 @@ class SweSmithEnv(AgentEnv):
             if not patch:
                 return Score(0.0, "nothing was changed", details)
             await workspace.reset(environments.grading.layer(self.backend))
-            applied = await apply_patch(workspace, patch, Protection.of_tests(self._tests(item)))
+            files, modules = await list_files(workspace), await installed_modules(workspace)
+            applied = await apply_patch(workspace, patch, Protection.of_task(self._tests(item), item.patch, files, modules))
         except PatchError as reason:
             return Score(0.0, str(reason), details)
         details["left_out"] = applied.left_out

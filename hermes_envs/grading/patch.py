@@ -91,6 +91,14 @@ async def apply_patch(workspace: Workspace, patch: bytes, protection: Protection
     return AppliedPatch(tuple(change.path for change in changes if change.path not in left_out), left_out)
 
 
+async def list_files(workspace: Workspace) -> list[str]:
+    """The files of the pristine repository of a clean slot."""
+    result = await workspace.run(f"{_GIT} ls-tree -r -z --name-only HEAD > {WORKSPACE}/.files", cwd=REPOSITORY)
+    if not result.success:
+        raise PatchError(f"the repository cannot be listed: {explain(result)}")
+    return (await workspace.read(f"{WORKSPACE}/.files")).decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
 async def _undo(workspace: Workspace, scratch: str, changes: list[Change]) -> None:
     added = [change.path for change in changes if change.is_new]
     restored = [change.path for change in changes if not change.is_new]

@@ -4,8 +4,18 @@ import pytest
 
 from hermes_envs.grading.protection import Change, Protection
 
-PROTECTION = Protection.of_tests(
-    ["tests/unit/test_a.py::test_x[a::b]", "pkg/test_beside.py::T::test_y", "test_root.py::test_z"]
+PROTECTION = Protection.of_task(
+    ["tests/unit/test_a.py::test_x[a::b]", "pkg/test_beside.py::T::test_y", "test_root.py::test_z"],
+    solution="--- a/lib/testing/core.py\n+++ b/lib/testing/core.py\n--- a/test_root.py\n",
+    base_files=[
+        "tests/unit/test_a.py",
+        "pkg/test_beside.py",
+        "test_root.py",
+        "pygments/lexer.py",
+        "pkg/core.py",
+        "src/pkg/core.py",
+    ],
+    installed=["hypothesis", "numpy", "pkg"],
 )
 
 
@@ -30,6 +40,9 @@ def added(path: str) -> Change:
         added("docs/statistics.md"),
         change("pkg/deleted.py", new="000000"),
         added("contest.py"),
+        change("lib/testing/core.py"),
+        added("pygments/new_lexer.py"),
+        added("pkg/new.py"),
     ],
     ids=lambda allowed: allowed.path,
 )
@@ -65,6 +78,17 @@ def test_source_may_change(allowed: Change) -> None:
         added("json.py"),
         added("pkg/random.py"),
         change("pkg/link", new="120000"),
+        added("sitecustomize/__init__.py"),
+        added("src/UserCustomize/x.py"),
+        added("conftest/__init__.py"),
+        added("test_root/__init__.py"),
+        added("pkg/test_beside/__init__.py"),
+        added("hypothesis/__init__.py"),
+        added("src/numpy.py"),
+        added("src/tests/__init__.py"),
+        change("lib/unit_tests/helper.py"),
+        change("lib/testing/other.py"),
+        change(".coveragerc"),
         added("vendored"),
     ],
     ids=lambda protected: protected.path,
