@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sandbox_image import compile_init
+from sandbox_image import compile_init, seccomp
 from sandbox_image.errors import StartupError
 from sandbox_image.mounts import Stage
 from sandbox_image.protocol import WORKSPACE
@@ -82,6 +82,7 @@ class Blueprint:
     prefix: str
     bubblewrap: str = ""
     options: frozenset[str] = field(default_factory=frozenset)
+    seccomp_filter: bytes | None = None
 
     @classmethod
     def prepare(cls, isolation: Isolation, data_dir: Path, read_only: Sequence[str], *, keep: Sequence[str] = ()) -> Blueprint:
@@ -105,7 +106,8 @@ class Blueprint:
             stage = Stage.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
         else:
             stage = Stage.plain(trees)
-        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, bubblewrap, options)
+        seccomp_filter = None if isolation == "none" else seccomp.filter_of_this_machine()
+        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, bubblewrap, options, seccomp_filter)
 
     def place(self, index: int) -> Place:
         """Make the directory of a slot and the files that describe its user."""
@@ -126,8 +128,11 @@ class Blueprint:
         seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{self.staged(root)}{WORKSPACE}"
         return Place(directory, root, uid, seen_as)
 
-    def argv(self, place: Place, *, network: bool, control: int, output: int) -> list[str]:
-        """The command line of a box whose init talks over two inherited descriptors."""
+    def argv(self, place: Place, *, network: bool, control: int, output: int, seccomp_filter: int | None) -> list[str]:
+        """The command line of a box whose init talks over two inherited descriptors.
+
+        `seccomp_filter` is a third one, from which bubblewrap reads the filter, if there is one.
+        """
         init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), json.dumps(PROCESS_LIMITS)]
         if self.isolation == "none":
             init[2] = self.staged(self.slots_directory / "init.py")
@@ -135,7 +140,8 @@ class Blueprint:
             if self.prefix in self.shown:
                 interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
             return [interpreter, *init]
-        return [self.bubblewrap, *self._box_options(place, network), "--", os.path.realpath(sys.executable), *init]
+        filtered = [] if seccomp_filter is None else ["--seccomp", str(seccomp_filter)]
+        return [self.bubblewrap, *self._box_options(place, network), *filtered, "--", os.path.realpath(sys.executable), *init]
 
     @property
     def has_compiled_init(self) -> bool:
@@ -169,6 +175,7 @@ class Blueprint:
             return enforced
         enforced["compiled_init"] = self.has_compiled_init
         enforced["tmpfs_bytes"] = dict(TMPFS_BYTES)
+        enforced["seccomp"] = self.seccomp_filter is not None
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
         return enforced
 

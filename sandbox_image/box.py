@@ -90,17 +90,21 @@ class Box:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         output, their_output = os.pipe()
         complaints = os.memfd_create("complaints")
+        seccomp_filter = _filter_file(blueprint)
+        passed_on = [theirs.fileno(), their_output, *([] if seccomp_filter is None else [seccomp_filter])]
         try:
             control.setblocking(False)
             os.set_blocking(output, False)
             # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
             control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             process = subprocess.Popen(
-                blueprint.argv(place, network=network, control=theirs.fileno(), output=their_output),
+                blueprint.argv(
+                    place, network=network, control=theirs.fileno(), output=their_output, seccomp_filter=seccomp_filter
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
-                pass_fds=(theirs.fileno(), their_output),
+                pass_fds=passed_on,
                 cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
                 env=blueprint.environment(place),
                 start_new_session=True,
@@ -115,7 +119,8 @@ class Box:
             raise BoxError(f"cannot start a box: {error}") from error
         finally:
             theirs.close()
-            os.close(their_output)
+            for descriptor in passed_on[1:]:
+                os.close(descriptor)
         exit_fd = os.pidfd_open(process.pid)
         box = cls(
             process,
@@ -322,6 +327,15 @@ class Box:
         self.doom(reason)
         if not self._hello.done():
             self._hello.set_exception(BoxError(reason))
+
+
+def _filter_file(blueprint: Blueprint) -> int | None:
+    """A file with the seccomp filter. One for each box: those who share an open file share its position."""
+    if blueprint.seccomp_filter is None:
+        return None
+    descriptor = os.memfd_create("seccomp")
+    os.pwrite(descriptor, blueprint.seccomp_filter, 0)
+    return descriptor
 
 
 async def _readable(descriptor: int) -> None:
