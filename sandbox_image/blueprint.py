@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,12 +23,13 @@ FIRST_SLOT_UID = 60_000
 HOME = "/home/user"
 HOSTNAME = "sandbox"
 INIT_IN_BOX = "/init.py"
-COMPILED_LOOP_IN_BOX = "/init_loop"
+COMPILED_INIT_IN_BOX = "/libinit.so"
 PROCESS_LIMITS = {"NOFILE": 4096, "NPROC": 1024, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
 """Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
 TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, "/run": 16 * 1024**2}
 """The writable places of a box beside the workspace, in memory, with their sizes."""
 
+_SHOWN_COMMAND_CHARACTERS = 1024
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MERGED_DIRECTORIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = (
@@ -80,6 +81,7 @@ class Blueprint:
     stage: Stage
     shown: tuple[str, ...]
     prefix: str
+    compiled_init: bool
     bubblewrap: str = ""
     options: frozenset[str] = field(default_factory=frozenset)
     seccomp_filter: bytes | None = None
@@ -99,15 +101,16 @@ class Blueprint:
         slots_directory = data_dir / "slots"
         slots_directory.mkdir(mode=0o711)
         shutil.copyfile(Path(__file__).with_name("init.py"), slots_directory / "init.py")
-        if compile_init.PROGRAM.exists():
-            shutil.copy(compile_init.PROGRAM, slots_directory / compile_init.PROGRAM.name)
+        compiled = isolation != "none" and compile_init.works(compile_init.LIBRARY)
+        if compiled:
+            shutil.copy(compile_init.LIBRARY, slots_directory / compile_init.LIBRARY.name)
         trees = list(dict.fromkeys([str(slots_directory), *shown]))
         if os.geteuid() == 0:
             stage = Stage.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
         else:
             stage = Stage.plain(trees)
         seccomp_filter = None if isolation == "none" else seccomp.filter_of_this_machine()
-        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, bubblewrap, options, seccomp_filter)
+        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, compiled, bubblewrap, options, seccomp_filter)
 
     def place(self, index: int) -> Place:
         """Make the directory of a slot and the files that describe its user."""
@@ -133,20 +136,22 @@ class Blueprint:
 
         `seccomp_filter` is a third one, from which bubblewrap reads the filter, if there is one.
         """
-        init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), json.dumps(PROCESS_LIMITS)]
+        limits = ",".join(f"{getattr(resource, f'RLIMIT_{name}')}:{value}" for name, value in PROCESS_LIMITS.items())
+        init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), limits]
         if self.isolation == "none":
             init[2] = self.staged(self.slots_directory / "init.py")
             interpreter = os.path.realpath(sys.executable)
             if self.prefix in self.shown:
                 interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
             return [interpreter, *init]
-        filtered = [] if seccomp_filter is None else ["--seccomp", str(seccomp_filter)]
-        return [self.bubblewrap, *self._box_options(place, network), *filtered, "--", os.path.realpath(sys.executable), *init]
-
-    @property
-    def has_compiled_init(self) -> bool:
-        """Whether boxes run the compiled loop of the init."""
-        return self.isolation != "none" and (self.slots_directory / compile_init.PROGRAM.name).exists()
+        box = [self.bubblewrap, *self._box_options(place, network)]
+        if seccomp_filter is not None:
+            box += ["--seccomp", str(seccomp_filter)]
+        if self.compiled_init:
+            # Room for the command that `ps` shows in its place.
+            arguments = f"{control} {output} {limits}".ljust(_SHOWN_COMMAND_CHARACTERS)
+            return [*box, "--setenv", "LD_PRELOAD", COMPILED_INIT_IN_BOX, "--", "/bin/sh", "-c", arguments]
+        return [*box, "--", os.path.realpath(sys.executable), *init]
 
     def staged(self, path: Path) -> str:
         """A path below the slots' directory as the user of a slot reaches it."""
@@ -173,7 +178,7 @@ class Blueprint:
         enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in PROCESS_LIMITS.items()}
         if self.isolation == "none":
             return enforced
-        enforced["compiled_init"] = self.has_compiled_init
+        enforced["compiled_init"] = self.compiled_init
         enforced["tmpfs_bytes"] = dict(TMPFS_BYTES)
         enforced["seccomp"] = self.seccomp_filter is not None
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
@@ -200,9 +205,8 @@ class Blueprint:
             argv += ["--ro-bind-try", path, path]
         for name in ("passwd", "group") if network else ("passwd", "group", "hosts"):
             argv += ["--ro-bind", self.staged(place.directory / name), f"/etc/{name}"]
-        argv += ["--ro-bind", self.staged(self.slots_directory / "init.py"), INIT_IN_BOX]
-        if self.has_compiled_init:
-            argv += ["--ro-bind", self.staged(self.slots_directory / compile_init.PROGRAM.name), COMPILED_LOOP_IN_BOX]
+        init = (compile_init.LIBRARY.name, COMPILED_INIT_IN_BOX) if self.compiled_init else ("init.py", INIT_IN_BOX)
+        argv += ["--ro-bind", self.staged(self.slots_directory / init[0]), init[1]]
         for path in self.shown:
             argv += ["--ro-bind", self.stage.source(path), path]
         argv += ["--bind", self.staged(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]

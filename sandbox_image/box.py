@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox_image.blueprint import Blueprint, Place
-from sandbox_image.errors import BoxError
+from sandbox_image.errors import BoxError, ToolError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 
 START_TIMEOUT_S = 30.0
@@ -23,6 +22,8 @@ KILL_MARGIN_S = 5.0
 _REPLY_BYTES = 4096
 _PIPE_READ = 65536
 _CREDENTIALS = struct.Struct("3i")
+_DESCRIPTOR = struct.Struct("i")
+_REPLY_ANCILLARY_BYTES = socket.CMSG_SPACE(_DESCRIPTOR.size)
 
 
 @dataclass
@@ -42,6 +43,32 @@ class CommandEnd:
     error: str | None = None
 
 
+class Kept:
+    """A command that runs beside those of the calls until it ends or is killed."""
+
+    def __init__(self, box: Box, number: bytes) -> None:
+        self._box = box
+        self._number = number
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """Its exit status (128 + N for signal N), set when it and all that it started are dead; `BoxError` if the box died."""
+
+    def interrupt(self) -> None:
+        """SIGINT to its process group.
+
+        Raises:
+            BoxError: the box died.
+        """
+        self._box.order(b"interrupt", self._number)
+
+    def kill(self) -> None:
+        """Kill it and all that it started, without waiting for it.
+
+        Raises:
+            BoxError: the box died.
+        """
+        self._box.order(b"kill", self._number)
+
+
 @dataclass
 class Box:
     """A running sandbox. Belongs to the event loop's thread, to which bubblewrap's life is tied."""
@@ -51,12 +78,14 @@ class Box:
     _output: int
     _complaints: int
     _exit_fd: int
-    _hello: asyncio.Future[dict[str, Any]]
+    _hello: asyncio.Future[dict[str, str]]
     _exited: asyncio.Future[None]
     _contained: bool
     _init_fd: int | None = None
     _call: _Call | None = None
-    _calls: int = 0
+    _orders: int = 0
+    _answers: dict[bytes, asyncio.Future[list[int]]] = field(default_factory=dict)
+    _kept: dict[bytes, Kept] = field(default_factory=dict)
     _verdict: str | None = None
     _closed: bool = False
     _buffer: bytearray = field(default_factory=lambda: bytearray(_PIPE_READ))
@@ -167,11 +196,10 @@ class Box:
         if not self.alive:
             raise BoxError(self.verdict)
         loop = asyncio.get_running_loop()
-        self._calls += 1
-        call = self._call = _Call(b"%d" % self._calls, sink, loop.create_future())
+        call = self._call = _Call(self._new_number(), sink, loop.create_future())
         timer = loop.call_later(timeout_s, self._expire, call)
         try:
-            self._send(b"run", call.number, cwd, *variables, command)
+            self.order(b"run", call.number, cwd, *variables, command)
             kind, _, text = await call.done
         except BaseException:
             # Whatever interrupts the wait, a command that nobody waits for must not run on.
@@ -185,6 +213,47 @@ class Box:
             return CommandEnd(None, error=text.decode(errors="replace"))
         return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(text))
 
+    async def keep(
+        self, command: bytes, descriptors: Sequence[int], *, cwd: bytes = b"", variables: Sequence[bytes] = ()
+    ) -> Kept:
+        """Start a command with `/bin/sh -c` that outlives calls, with these descriptors as its 0, 1, 2... and no others.
+
+        The caller closes its own copies.
+
+        Raises:
+            ToolError: it cannot be started.
+            BoxError: the box died.
+        """
+        kept = Kept(self, self._new_number())
+        self._kept[kept._number] = kept
+        try:
+            await self._ask(b"keep", kept._number, cwd, *variables, command, descriptors=descriptors)
+        except BaseException:
+            self._kept.pop(kept._number, None)
+            raise
+        return kept
+
+    async def enter(self, path: str) -> None:
+        """Take what is now mounted at a path of the box as the workspace; only between calls.
+
+        Raises:
+            ToolError: it is no directory, or cannot be written.
+            BoxError: the box died.
+        """
+        await self._ask(b"enter", self._new_number(), os.fsencode(path))
+
+    async def listen(self, port: int) -> socket.socket:
+        """A socket that listens on 127.0.0.1 in the box's network.
+
+        Raises:
+            ToolError: the port is taken.
+            BoxError: the box died.
+        """
+        descriptors = await self._ask(b"listen", self._new_number(), b"%d" % port)
+        if len(descriptors) != 1:
+            raise BoxError("its init sent no socket")
+        return socket.socket(fileno=descriptors[0])
+
     def doom(self, reason: str) -> None:
         """Kill all that is in the box, without waiting for it; the running call ends with `reason`."""
         if self._closed:
@@ -193,6 +262,12 @@ class Box:
             self._verdict = reason
         if self._call is not None and not self._call.done.done():
             self._call.done.set_exception(BoxError(reason))
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *(kept.ended for kept in self._kept.values())]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(BoxError(reason))
+                # Nobody may be waiting for it.
+                future.exception()
         if not self._contained:
             # Without a namespace only the init knows what it started; it kills that and leaves when the socket closes.
             self._control.shutdown(socket.SHUT_RDWR)
@@ -238,27 +313,52 @@ class Box:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _send(self, *parts: bytes) -> None:
+    def order(self, *parts: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send the init a message.
+
+        Raises:
+            BoxError: the box died.
+        """
         packet = b"\0".join(parts)
         try:
-            if len(packet) <= PACKET_BYTES:
+            if len(packet) > PACKET_BYTES:
+                with open(os.memfd_create("message"), "wb") as file:
+                    file.write(packet)
+                    file.flush()
+                    socket.send_fds(self._control, [BY_REFERENCE], [file.fileno()])
+            elif descriptors:
+                socket.send_fds(self._control, [packet], list(descriptors))
+            else:
                 self._control.send(packet)
-                return
-            with open(os.memfd_create("message"), "wb") as file:
-                file.write(packet)
-                file.flush()
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
-                self._control.send(BY_REFERENCE)
-                socket.send_fds(self._control, [BY_REFERENCE], [file.fileno()])
         except OSError as error:
             raise BoxError(f"the box does not take a command: {error.strerror}") from error
+
+    async def _ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> list[int]:
+        """Send a message and wait for its answer; the descriptors that came with it."""
+        if not self.alive:
+            raise BoxError(self.verdict)
+        answer: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self.order(kind, number, *parts, descriptors=descriptors)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            self.doom("its init did not answer")
+            raise BoxError(self.verdict) from None
+        finally:
+            del self._answers[number]
+
+    def _new_number(self) -> bytes:
+        self._orders += 1
+        return b"%d" % self._orders
 
     def _expire(self, call: _Call) -> None:
         if call.done.done():
             return
         call.expired = True
         try:
-            self._send(b"kill", call.number)
+            self.order(b"kill", call.number)
         except BoxError as error:
             self.doom(str(error))
             return
@@ -281,24 +381,47 @@ class Box:
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_message)
         if not self._hello.done():
-            self._hello.set_result(json.loads(packet.split(b"\0", 1)[1]))
+            lines = packet.split(b"\0", 1)[1].decode(errors="replace").splitlines()
+            self._hello.set_result(dict(line.split(":\t", 1) for line in lines if ":\t" in line))
 
     def _on_message(self) -> None:
+        descriptors: list[int] = []
         try:
-            packet = self._control.recv(_REPLY_BYTES)
+            packet, ancillary, _, _ = self._control.recvmsg(_REPLY_BYTES, _REPLY_ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
-            packet = b""
+            packet, ancillary = b"", []
         if not packet:
             asyncio.get_running_loop().remove_reader(self._control)
             self._lost("its init is gone")
             return
+        for _, _, payload in ancillary:
+            descriptors.append(_DESCRIPTOR.unpack_from(payload)[0])
         reply = packet.split(b"\0")
         call = self._call
-        if call is not None and reply[1] == call.number and not call.done.done():
-            # Everybody who could write is dead, so what is in the pipe now is all there is.
-            while self._on_output():
-                pass
-            call.done.set_result(reply)
+        if call is not None and reply[1] == call.number:
+            if not call.done.done():
+                # Everybody who could write is dead, so what is in the pipe now is all there is.
+                while self._on_output():
+                    pass
+                call.done.set_result(reply)
+            return
+        self._on_answer(reply, descriptors)
+
+    def _on_answer(self, reply: list[bytes], descriptors: list[int]) -> None:
+        """Hand an answer that is not about the running call to whoever waits for it."""
+        kind, number, text = reply
+        answer, kept = self._answers.get(number), self._kept.get(number)
+        if kind == b"exit" and kept is not None:
+            del self._kept[number]
+            if not kept.ended.done():
+                kept.ended.set_result(int(text))
+        elif answer is None or answer.done():
+            for descriptor in descriptors:
+                os.close(descriptor)
+        elif kind == b"error":
+            answer.set_exception(ToolError(text.decode(errors="replace")))
+        else:
+            answer.set_result(descriptors)
 
     def _on_output(self) -> bool:
         """Take what is in the pipe; whether there was something."""
@@ -348,17 +471,17 @@ async def _readable(descriptor: int) -> None:
         loop.remove_reader(descriptor)
 
 
-def _flaw(facts: dict[str, Any], place: Place, network: bool) -> str | None:
-    """What is wrong with a box that reports these facts; None if it holds."""
-    own_namespace = os.readlink("/proc/self/ns/pid")
+def _flaw(facts: dict[str, str], place: Place, network: bool) -> str | None:
+    """What is wrong with a box that reports these facts (see `sandbox_image.init.facts`); None if it holds."""
+    uid = int(facts["Uid"].split()[0])
     flaws = {
-        "it keeps capabilities": facts["capabilities"] != 0,
-        "it can gain privileges": not facts["no_new_privileges"],
-        "it runs as root": facts["uid"] == 0,
-        "it runs as another user": place.uid is not None and facts["uid"] != place.uid,
-        "it sees other processes": facts["pid"] != 1 or facts["pid_namespace"] == own_namespace,
-        f"it can write {', '.join(facts['writable'])}": bool(facts["writable"]),
-        "it cannot write its workspace": not facts["workspace_writable"],
-        f"its network interfaces are {facts['interfaces']}": not network and facts["interfaces"] != {"lo": True},
+        "it keeps capabilities": int(facts["CapEff"], 16) != 0,
+        "it can gain privileges": facts["NoNewPrivs"] != "1",
+        "it runs as root": uid == 0,
+        "it runs as another user": place.uid is not None and uid != place.uid,
+        "it sees other processes": facts["Pid"] != "1" or facts["Namespace-pid"] == os.readlink("/proc/self/ns/pid"),
+        f"it can write {facts['Box-Writable']}": facts["Box-Writable"].strip() != "",
+        "it cannot write its workspace": facts["Box-Workspace"] != "1",
+        f"its network interfaces are {facts['Box-Interfaces']}": not network and facts["Box-Interfaces"].split() != ["lo+"],
     }
     return next((flaw for flaw, found in flaws.items() if found), None)

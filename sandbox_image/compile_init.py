@@ -1,8 +1,9 @@
-"""Compiles the loop of a box's init, for where a C compiler is at hand.
+"""Compiles the init of a box, for where a C compiler is at hand.
 
     python -m sandbox_image.compile_init
 
-Puts `init_loop` beside `init_loop.c`. Boxes use it if it is there, and the loop of init.py, which does the same, if not.
+Puts `libinit.so` beside `init.c`. Boxes use it if it is there and the shell of this machine loads it, and init.py, which does
+the same, if not.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("init_loop.c")
-PROGRAM = SOURCE.with_suffix("")
+SOURCE = Path(__file__).with_name("init.c")
+LIBRARY = SOURCE.with_name("libinit.so")
 
 
 def compile_init() -> str | None:
@@ -23,17 +24,27 @@ def compile_init() -> str | None:
     compiler = shutil.which("cc")
     if compiler is None:
         return "there is no C compiler"
-    with tempfile.TemporaryDirectory(dir=PROGRAM.parent, prefix=".compile-") as folder:
-        made = Path(folder) / PROGRAM.name
-        # Linked statically it starts faster, and in any container; not every compiler has what that takes.
-        for linking in (["-static"], []):
-            command = [compiler, "-O2", "-Wall", "-Wextra", *linking, "-o", str(made), str(SOURCE)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                made.chmod(0o755)
-                os.replace(made, PROGRAM)
-                return None
-    return done.stderr.strip()
+    with tempfile.TemporaryDirectory(dir=LIBRARY.parent, prefix=".compile-") as folder:
+        made = Path(folder) / LIBRARY.name
+        command = [compiler, "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return done.stderr.strip()
+        made.chmod(0o755)
+        os.replace(made, LIBRARY)
+    return None
+
+
+def works(library: Path) -> bool:
+    """Whether it is there and the shell of this machine can become an init with it."""
+    if not library.exists():
+        return False
+    environment = {"LD_PRELOAD": str(library), "PATH": os.defpath}
+    # A shell that does not load it, such as a static one, does as it is told.
+    asked = subprocess.run(
+        ["/bin/sh", "-c", "exit 1"], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    return asked.returncode == 0
 
 
 if __name__ == "__main__":

@@ -1,30 +1,34 @@
 """The process that lives in a box as its PID 1 and starts commands there.
 
-Run as `python -I -S init.py CONTROL OUTPUT LIMITS`: two inherited file descriptors and a JSON object of resource limits.
+Run as `python -I -S init.py CONTROL OUTPUT LIMITS`: two inherited file descriptors and resource limits, `NUMBER:VALUE,...`.
 Needs the standard library only and works as a lone copy of this file. Its working directory is the workspace, its environment
-is what commands get.
+is what commands get. Where there is a C compiler boxes run init.c instead, which does the same.
 
 CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings with a NUL between each two; none of them can hold one:
 
-    init -> server   hello FACTS                          once, before anything else; FACTS is JSON
-    server -> init   run NUMBER CWD NAME=VALUE... COMMAND  CWD is relative to the workspace, empty for the workspace itself
-    init -> server   exit NUMBER STATUS                   the command and all that it started are dead; 128 + N for signal N
-                     error NUMBER TEXT                    it could not be started
-    server -> init   kill NUMBER                          answered by `exit` as well
+    init -> server   hello FACTS                             once, before anything else: see `facts`
+    server -> init   run NUMBER CWD NAME=VALUE... COMMAND    CWD is relative to the workspace, empty for the workspace itself
+    init -> server   exit NUMBER STATUS                      the command and all that it started are dead; 128 + N for signal N
+                     error NUMBER TEXT                       it could not be started
+    server -> init   kill NUMBER                             answered by `exit` as well
+                     keep NUMBER CWD NAME=VALUE... COMMAND   as `run`, but the command goes on beside others until it ends; the
+                                                             packet brings the descriptors that it gets as its 0, 1, 2...
+                     interrupt NUMBER                        SIGINT to the process group of a kept command
+                     enter NUMBER PATH                       the workspace is now what is at PATH
+                     listen NUMBER PORT                      listen on 127.0.0.1; the answer brings the socket
+    init -> server   done NUMBER                             the answer to `keep`, `enter` and `listen` if it is not `error`
 
-A message that is too large for a packet is announced by the packet `@` and lies in the file that comes with the next one.
+A message that is too large for a packet lies in a file, which comes with the packet `@`.
 
-Where the compiled loop is in the box (init_loop.c), this program becomes it after the report.
-
-OUTPUT is the write end of a pipe for what commands print. Without a PID namespace (no isolation) the process adopts orphans as
-a "child subreaper", so that it can still find and kill everything that a command left behind.
+OUTPUT is the write end of a pipe for what commands of `run` print. A kept command has a keeper, to whom all that it starts
+comes back when its parents end: that tells its processes from those that a `run` left behind. Without a PID namespace (no
+isolation) the init adopts orphans as well (a "child subreaper"), so that it can still find and kill everything.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 import os
 import resource
 import select
@@ -32,90 +36,122 @@ import signal
 import socket
 import struct
 import sys
+import time
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 PACKET_BYTES = 16384
 BY_REFERENCE = b"@"
-COMPILED_LOOP = "/init_loop"
 # The kernel takes 128 KiB per argument (MAX_ARG_STRLEN), the terminating NUL included.
 LONGEST_ARGUMENT = 128 * 1024 - 1
 SCRIPT_FD = 3
+MOST_KEPT = 8
+MOST_DESCRIPTORS = 16
+MOST_PASSES = 500
+PASS_PAUSE_S = 0.001
 PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 SIOCGIFFLAGS = 0x8913
 IFF_UP = 1
+NAMESPACES = ("user", "pid", "net", "ipc", "uts", "mnt", "cgroup")
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+
+Actions = tuple[Any, ...]
+
+
+@dataclass
+class Child:
+    """A process that was started for the server: the running command, or the keeper of one that outlives others."""
+
+    pid: int
+    number: bytes
+    status: int | None = None
 
 
 class Init:
-    """Starts one command at a time and leaves nothing of it behind."""
+    """Starts one command at a time and leaves nothing of it behind, beside those that are to be kept."""
 
     def __init__(self, control: socket.socket, output: int) -> None:
         self._control = control
         self._output = output
         self._workspace = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         self._environment = dict(os.environb)
-        self._streams = (
-            (os.POSIX_SPAWN_DUP2, os.open("/dev/null", os.O_RDONLY), 0),
-            (os.POSIX_SPAWN_DUP2, output, 1),
-            (os.POSIX_SPAWN_DUP2, output, 2),
-        )
+        null_input = os.open("/dev/null", os.O_RDONLY)
+        self._streams = _as_descriptors([null_input, output, output])
         # Found once: /bin is a link, and so is sh.
         self._shell = os.path.realpath("/bin/sh")
         self._alone = os.getpid() == 1
+        self._command: Child | None = None
+        self._kept: list[Child] = []
+        self._woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         self._events = select.poll()
         self._events.register(control, select.POLLIN)
+        self._events.register(self._woken, select.POLLIN)
 
     def serve(self) -> NoReturn:
         """Answer the server until it is gone."""
         while True:
-            kind, number, *rest = self._receive()
-            # A `kill` that crossed the `exit` of its command on the way has nothing left to do.
-            if kind == b"run":
-                self._run(number, rest[0], rest[1:-1], rest[-1])
+            for descriptor, _ in self._events.poll():
+                if descriptor == self._woken:
+                    os.read(self._woken, 4096)
+                    self._reap(os.WNOHANG)
+                    self._settle()
+                else:
+                    self._obey(*self._receive())
 
     def send(self, *parts: bytes) -> None:
         """Tell the server something."""
         self._control.send(b"\0".join(parts))
 
-    def _receive(self) -> list[bytes]:
-        packet = self._control.recv(PACKET_BYTES)
-        if packet == BY_REFERENCE:
-            _, attached, _, _ = socket.recv_fds(self._control, 1, 1, socket.MSG_CMSG_CLOEXEC)
-            with open(attached[0], "rb") as file:
+    def _obey(self, order: list[bytes], descriptors: list[int]) -> None:
+        kind, number, *rest = order
+        if kind == b"run":
+            self._run(number, rest[0], rest[1:-1], rest[-1])
+        elif kind == b"keep":
+            self._keep(number, rest[0], rest[1:-1], rest[-1], descriptors)
+        elif kind in (b"kill", b"interrupt"):
+            self._signal(number, signal.SIGKILL if kind == b"kill" else signal.SIGINT)
+        elif kind == b"enter":
+            self._enter(number, rest[0])
+        elif kind == b"listen":
+            self._listen(number, int(rest[0]))
+
+    def _receive(self) -> tuple[list[bytes], list[int]]:
+        packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        if packet == BY_REFERENCE and attached:
+            with open(attached.pop(), "rb") as file:
+                # The writer's position came along.
+                file.seek(0)
                 packet = file.read()
         if not packet:
             self._leave()
-        return packet.split(b"\0")
+        return packet.split(b"\0"), attached
 
     def _leave(self) -> NoReturn:
-        self._clear(0)
+        self._kill_everybody()
         sys.exit(0)
 
     def _run(self, number: bytes, cwd: bytes, variables: list[bytes], command: bytes) -> None:
-        try:
-            pid = self._spawn(cwd, variables, command)
-        except OSError as error:
-            self._clear(0)
-            self.send(b"error", number, str(error.strerror).encode())
-            return
-        status = self._wait(pid, number)
-        killed = self._clear(pid)
-        code = os.waitstatus_to_exitcode(killed if status is None else status)
-        self.send(b"exit", number, b"%d" % (code if code >= 0 else 128 - code))
-
-    def _spawn(self, cwd: bytes, variables: list[bytes], command: bytes) -> int:
         # An earlier command may have made the pipe non-blocking, as Node.js does; that is a property of the pipe's open end.
         fcntl.fcntl(self._output, fcntl.F_SETFL, 0)
-        if len(command) > LONGEST_ARGUMENT:
-            with open(os.memfd_create("command"), "wb") as script:
-                script.write(command)
-                script.flush()
-                attach = (os.POSIX_SPAWN_DUP2, script.fileno(), SCRIPT_FD)
-                return self._start(cwd, variables, ("sh", f"/dev/fd/{SCRIPT_FD}"), (*self._streams, attach))
-        return self._start(cwd, variables, ("sh", "-c", command), self._streams)
+        try:
+            if len(command) > LONGEST_ARGUMENT:
+                with open(os.memfd_create("command"), "wb") as script:
+                    script.write(command)
+                    script.flush()
+                    attach = (os.POSIX_SPAWN_DUP2, script.fileno(), SCRIPT_FD)
+                    pid = self._start(cwd, variables, ("sh", f"/dev/fd/{SCRIPT_FD}"), (*self._streams, attach))
+            else:
+                pid = self._start(cwd, variables, ("sh", "-c", command), self._streams)
+        except OSError as error:
+            self._clear()
+            self._fail(number, error)
+            return
+        self._command = Child(pid, number)
 
-    def _start(self, cwd: bytes, variables: list[bytes], argv: tuple[str | bytes, ...], actions: tuple[Any, ...]) -> int:
+    def _start(self, cwd: bytes, variables: list[bytes], argv: tuple[str | bytes, ...], actions: Actions) -> int:
         environment = self._environment
         if variables:
             environment = {**environment, **dict(variable.split(b"=", 1) for variable in variables)}
@@ -130,51 +166,153 @@ class Init:
             if cwd:
                 os.fchdir(self._workspace)
 
-    def _wait(self, pid: int, number: bytes) -> int | None:
-        """Wait for the command itself; None if it is to be killed."""
-        ended = os.pidfd_open(pid)
-        self._events.register(ended, select.POLLIN)
+    def _keep(self, number: bytes, cwd: bytes, variables: list[bytes], command: bytes, descriptors: list[int]) -> None:
         try:
-            while True:
-                for descriptor, _ in self._events.poll():
-                    if descriptor == ended:
-                        return os.waitpid(pid, 0)[1]
-                    if self._receive() == [b"kill", number]:
-                        return None
+            if len(self._kept) >= MOST_KEPT:
+                raise BlockingIOError(0, "too many kept commands")
+            pid = os.fork()
+            if pid == 0:
+                self._be_keeper(cwd, variables, command, descriptors)
+        except OSError as error:
+            self._fail(number, error)
+        else:
+            self._kept.append(Child(pid, number))
+            self.send(b"done", number, b"")
         finally:
-            self._events.unregister(ended)
-            os.close(ended)
+            for descriptor in descriptors:
+                os.close(descriptor)
 
-    def _clear(self, main: int) -> int:
-        """Kill and reap everything there is, and return the wait status of `main`."""
-        status = 0
-        while self._kill_all():
-            try:
-                pid, result = os.waitpid(-1, 0)
-                while pid:
-                    if pid == main:
-                        status = result
-                    pid, result = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-        return status
+    def _be_keeper(self, cwd: bytes, variables: list[bytes], command: bytes, descriptors: list[int]) -> NoReturn:
+        """Stay as the one to whom all that is started from here comes back, and end as the command ends."""
+        code = 125
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            shell = self._start(cwd, variables, ("sh", "-c", command), _as_descriptors(descriptors))
+            signal.signal(signal.SIGINT, lambda number, frame: os.killpg(shell, number))
+            os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+            pid, status = os.waitpid(-1, 0)
+            while pid != shell:
+                pid, status = os.waitpid(-1, 0)
+            code = _exit_status(status)
+        finally:
+            # Whatever happens: this is a fork, and the rest of the program is its parent's.
+            os._exit(code)
 
-    def _kill_all(self) -> bool:
-        """Whether there was anybody, zombies included."""
-        if self._alone:
-            try:
-                os.kill(-1, signal.SIGKILL)
-            except ProcessLookupError:
-                return False
-            return True
-        if not _has_children():
-            return False
-        for pid in descendants(os.getpid()):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        return True
+    def _signal(self, number: bytes, kind: signal.Signals) -> None:
+        # A `kill` that crossed the `exit` of its command on the way finds nobody.
+        for child in self._children():
+            if child.number == number and child.status is None and not (child is self._command and kind == signal.SIGINT):
+                os.kill(child.pid, kind)
+
+    def _enter(self, number: bytes, path: bytes) -> None:
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            os.fchdir(directory)
+            if not os.access(".", os.W_OK):
+                raise PermissionError(0, f"{os.fsdecode(path)} cannot be written")
+        except OSError as error:
+            self._fail(number, error)
+            return
+        os.close(self._workspace)
+        self._workspace = directory
+        self.send(b"done", number, b"")
+
+    def _listen(self, number: bytes, port: int) -> None:
+        try:
+            listening = socket.create_server(("127.0.0.1", port), backlog=64)
+        except OSError as error:
+            self._fail(number, error)
+            return
+        with listening:
+            socket.send_fds(self._control, [b"\0".join((b"done", number, b""))], [listening.fileno()])
+
+    def _fail(self, number: bytes, error: OSError) -> None:
+        self.send(b"error", number, str(error.strerror).encode())
+
+    def _settle(self) -> None:
+        """Report what has ended, after everything that it left behind has."""
+        command = self._command
+        if command is not None:
+            if command.status is None:
+                return
+            self._clear()
+            self._command = None
+            self.send(b"exit", command.number, b"%d" % _exit_status(command.status))
+        elif any(child.status is not None for child in self._kept):
+            self._clear()
+        for child in [child for child in self._kept if child.status is not None]:
+            self._kept.remove(child)
+            self.send(b"exit", child.number, b"%d" % _exit_status(child.status or 0))
+
+    def _children(self) -> list[Child]:
+        return self._kept if self._command is None else [self._command, *self._kept]
+
+    def _reap(self, flags: int) -> None:
+        try:
+            pid, status = os.waitpid(-1, flags)
+            while pid:
+                for child in self._children():
+                    if child.pid == pid:
+                        child.status = status
+                pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+
+    def _clear(self) -> None:
+        """Leave nobody but those who are kept; whoever outruns that takes them along."""
+        if any(child.status is None for child in self._kept):
+            for number in range(MOST_PASSES):
+                if not self._kill_strangers():
+                    return
+                self._reap(os.WNOHANG)
+                if number:
+                    time.sleep(PASS_PAUSE_S)
+        self._kill_everybody()
+
+    def _kill_strangers(self) -> bool:
+        """Kill whoever does not descend from a keeper; whether there was somebody."""
+        keepers = {child.pid for child in self._kept if child.status is None}
+        strangers = descendants(os.getpid(), spare=keepers)
+        for pid in strangers:
+            _kill(pid)
+        return bool(strangers)
+
+    def _kill_everybody(self) -> None:
+        while _has_children() if not self._alone else _exists_anybody():
+            for pid in [-1] if self._alone else descendants(os.getpid()):
+                _kill(pid)
+            self._reap(0)
+
+
+def _as_descriptors(sources: list[int]) -> Actions:
+    """Spawn actions that give a process these as its 0, 1, 2..., though a source may lie where another has to go."""
+    above = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, MOST_DESCRIPTORS) for source in sources]
+    return tuple((os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(above))
+
+
+def _exit_status(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _exists_anybody() -> bool:
+    """Whether PID 1 has company, zombies included."""
+    try:
+        os.kill(-1, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _has_children() -> bool:
@@ -185,8 +323,8 @@ def _has_children() -> bool:
     return True
 
 
-def descendants(ancestor: int) -> list[int]:
-    """The processes below one, as `/proc` shows them at this moment."""
+def descendants(ancestor: int, spare: set[int] | frozenset[int] = frozenset()) -> list[int]:
+    """The processes below one, as `/proc` shows them at this moment, without those of `spare` and what is below them."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -202,40 +340,41 @@ def descendants(ancestor: int) -> list[int]:
     found: list[int] = []
     pending = [ancestor]
     while pending:
-        below = children.get(pending.pop(), [])
+        below = [pid for pid in children.get(pending.pop(), []) if pid not in spare]
         found += below
         pending += below
     return found
 
 
-def facts() -> dict[str, Any]:
-    """What the server checks before it trusts a box."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-    interfaces = {}
+def facts() -> bytes:
+    """What the server checks before it trusts a box: `/proc/self/status`, and lines of the same form about the rest.
+
+    `Box-Writable` lists what should not be writable and is, `Box-Workspace` is 1 if the workspace is, `Box-Interfaces` lists
+    the network interfaces with `+` if they are up and `-` if not, `Namespace-...` say which namespaces it lives in.
+    """
+    with open("/proc/self/status", "rb") as file:
+        status = file.read()
+    interfaces = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("16sh14x", name.encode(), 0)
-            interfaces[name] = bool(struct.unpack("16sh14x", fcntl.ioctl(probe, SIOCGIFFLAGS, request))[1] & IFF_UP)
-    return {
-        "pid": os.getpid(),
-        "uid": os.getuid(),
-        "pid_namespace": os.readlink("/proc/self/ns/pid"),
-        "capabilities": int(status["CapEff"], 16),
-        "no_new_privileges": status["NoNewPrivs"] == "1",
-        "interfaces": interfaces,
-        "writable": [path for path in ("/", "/usr", "/etc", "/dev") if os.access(path, os.W_OK)],
-        "workspace_writable": os.access(".", os.W_OK),
+            up = struct.unpack("16sh14x", fcntl.ioctl(probe, SIOCGIFFLAGS, request))[1] & IFF_UP
+            interfaces.append(f"{name}{'+' if up else '-'}")
+    lines = {
+        "Box-Writable": " ".join(path for path in ("/", "/usr", "/etc", "/dev") if os.access(path, os.W_OK)),
+        "Box-Workspace": str(int(os.access(".", os.W_OK))),
+        "Box-Interfaces": " ".join(interfaces),
+        **{f"Namespace-{name}": os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES},
     }
+    return status + "".join(f"{name}:\t{value}\n" for name, value in lines.items()).encode()
 
 
-def main(control_fd: int, output: int, limits: dict[str, int]) -> NoReturn:
+def main(control_fd: int, output: int, limits: str) -> NoReturn:
     """Close the door behind us, report, and serve."""
     # PID 1 gets no signal from inside of its namespace that it has no handler for, and Python has one for this.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(0o022)
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
+    for kind, value in (map(int, limit.split(":")) for limit in limits.split(",")):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
@@ -246,25 +385,12 @@ def main(control_fd: int, output: int, limits: dict[str, int]) -> NoReturn:
     libc = ctypes.CDLL(None, use_errno=True)
     # Commands run as the same user: without this they could trace us, or take the control socket and answer in our name.
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if report["pid"] != 1:
+    if os.getpid() != 1:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     init = Init(control, output)
-    init.send(b"hello", json.dumps(report).encode())
-    if report["pid"] == 1:
-        become_compiled(control_fd, output)
+    init.send(b"hello", report)
     init.serve()
 
 
-def become_compiled(*descriptors: int) -> None:
-    """Go on as the compiled loop; returns where there is none, or none that runs here."""
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, True)
-    try:
-        os.execve(COMPILED_LOOP, [COMPILED_LOOP, *map(str, descriptors)], os.environb)
-    except OSError:
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -59,12 +59,16 @@ class RunningServer:
     def inits(self) -> list[int]:
         """The processes that are PID 1 of a box."""
         lines = {pid: command_line(pid) for pid in self.processes()}
-        return [pid for pid, line in lines.items() if ("init.py" in line or "init_loop" in line) and "bwrap" not in line]
+        return [pid for pid, line in lines.items() if _is_init(line)]
 
     def stop(self) -> int:
         """End it in order; its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
+
+
+def _is_init(line: str) -> bool:
+    return "bwrap" not in line and ("init.py" in line or line.startswith("/bin/sh -c "))
 
 
 def command_line(pid: int) -> str:
@@ -188,7 +192,7 @@ def without_compiled_loop(directory: Path) -> Path:
     """A copy of the package in which the init has its Python loop alone."""
     checkout = directory / "checkout"
     shutil.copytree(
-        ROOT / "sandbox_image", checkout / "sandbox_image", ignore=shutil.ignore_patterns("init_loop", "__pycache__")
+        ROOT / "sandbox_image", checkout / "sandbox_image", ignore=shutil.ignore_patterns("libinit.so", "__pycache__")
     )
     return checkout
 

@@ -1,10 +1,8 @@
-"""The compiled loop of the init: that it is used where it can be made."""
+"""The compiled init: that it is used where it can be made."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,19 @@ from tests.sandbox_image.running import Api, command_line, running
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-async def test_boxes_run_the_compiled_loop() -> None:
+async def test_boxes_run_the_compiled_init() -> None:
     assert compile_init.compile_init() is None
-    assert os.stat(compile_init.PROGRAM).st_mode & stat.S_IXOTH
+    assert compile_init.works(compile_init.LIBRARY)
     with running(slots=1) as server:
         api = Api.over(server)
         async with api.session:
             _, health = await api.get("/health")
             assert health["limits"]["compiled_init"] is True
-            assert [command_line(pid).split()[0] for pid in server.inits()] == ["/init_loop"]
-            assert await api.output("echo $PPID; cat /proc/1/comm") == "1\ninit_loop\n"
+            assert [command_line(pid).split()[0] for pid in server.inits()] == ["/bin/sh"]
+            assert await api.output("echo $PPID; cat /proc/1/comm") == "1\nsh\n"
 
 
-async def test_boxes_run_the_python_loop_where_there_is_no_other() -> None:
+async def test_boxes_run_the_python_init_where_there_is_no_other() -> None:
     with running(slots=1, other_user=True) as server:
         api = Api.over(server)
         async with api.session:
