@@ -183,7 +183,14 @@ def _environment() -> dict[str, str]:
     return {**passed_on, "PYTHONPATH": str(Path(sandbox_image.__path__[0]).parent)}
 
 
+def _exists(directory: Path) -> bool:
+    return os.path.lexists(directory)
+
+
 async def _remove(directory: Path) -> None:
+    # Usually the server has removed it. No thread to see that: there are none to be had while the interpreter exits.
+    if not _exists(directory):
+        return
     for attempt in range(_REMOVALS):
         try:
             await asyncio.to_thread(remove_tree, directory)
