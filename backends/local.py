@@ -83,7 +83,10 @@ class LocalBackend(PooledBackend):
     async def _launch(self, pool: SlotPool) -> None:
         options = self._options
         server = await LocalServer.start(
-            slots=options.local_slots, isolation=options.local_isolation, parent=options.local_data_dir
+            slots=options.local_slots,
+            isolation=options.local_isolation,
+            parent=options.local_data_dir,
+            arguments=options.server_arguments(),
         )
         self._launches += 1
         self._server = server

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ from backends.errors import BackendConfigError, SandboxUnavailableError
 from backends.teardown import finish
 from sandbox_image.datadir import DataDir
 from sandbox_image.protocol import VERSION
-from sandbox_image.trees import remove_tree
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
@@ -55,8 +55,12 @@ class LocalServer:
         return self._process.pid
 
     @classmethod
-    async def start(cls, *, slots: int, isolation: Literal["bubblewrap", "none"], parent: str | None) -> LocalServer:
+    async def start(
+        cls, *, slots: int, isolation: Literal["bubblewrap", "none"], parent: str | None, arguments: Sequence[str] = ()
+    ) -> LocalServer:
         """Start a server with a fresh directory below `parent` and wait until it is ready.
+
+        `arguments` are further ones of its command line.
 
         Raises:
             BackendConfigError: the server refuses to run here; the text is its own reason and remedy.
@@ -68,7 +72,7 @@ class LocalServer:
                 # -P: nothing is imported from the current directory.
                 *(sys.executable, "-P", "-m", "sandbox_image.server", "--die-with-parent"),
                 *("--unix-socket", str(_socket(directory)), "--data-dir", str(directory)),
-                *("--slots", str(slots), "--isolation", isolation),
+                *("--slots", str(slots), "--isolation", isolation, *arguments),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=PIPE,
@@ -193,7 +197,7 @@ async def _remove(directory: Path) -> None:
         return
     for attempt in range(_REMOVALS):
         try:
-            await asyncio.to_thread(remove_tree, directory)
+            await asyncio.to_thread(DataDir.remove, directory)
         except NotADirectoryError:
             # The server never got as far as making it.
             return

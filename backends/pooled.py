@@ -14,6 +14,7 @@ from backends.dispatch import Dispatcher
 from backends.errors import SandboxUnavailableError
 from backends.pool import SlotPool
 from backends.sandbox import Sandbox
+from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
     DEFAULT_ARTIFACT_ENTRIES,
@@ -42,6 +43,14 @@ class PoolOptions(BaseModel):
         0.0, ge=0, description="How long a call waits for others to travel with; 0 sends it at once."
     )
     tool_max_batch_size: int = Field(200, ge=1, le=MAX_BATCH_ITEMS, description="Most calls that travel together.")
+    slot_memory_bytes: int = Field(
+        4 * 1024**3, ge=LEAST_MEMORY_BYTES, description="Memory of a slot; of each process where there are no control groups."
+    )
+    slot_processes: int = Field(1024, ge=LEAST_PROCESSES, description="Most processes of a slot, threads included.")
+
+    def server_arguments(self) -> list[str]:
+        """What these options mean on the command line of a slot server."""
+        return ["--memory-bytes", str(self.slot_memory_bytes), "--processes", str(self.slot_processes)]
 
 
 class PooledBackend(ToolBackend):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sandbox_image import compile_init, seccomp
+from sandbox_image.cgroups import ControlGroups, SlotGroup
 from sandbox_image.errors import StartupError
 from sandbox_image.mounts import Stage
 from sandbox_image.protocol import WORKSPACE
@@ -24,10 +25,10 @@ HOME = "/home/user"
 HOSTNAME = "sandbox"
 INIT_IN_BOX = "/init.py"
 COMPILED_INIT_IN_BOX = "/libinit.so"
-PROCESS_LIMITS = {"NOFILE": 4096, "NPROC": 1024, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
-"""Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
+PROCESS_LIMITS = {"NOFILE": 4096, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
+"""Resource limits (`RLIMIT_*`) of every process in a box that no option changes."""
 TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, "/run": 16 * 1024**2}
-"""The writable places of a box beside the workspace, in memory, with their sizes."""
+"""The writable places of a box beside the workspace, in memory, with their sizes where the slot's memory is large enough."""
 
 _SHOWN_COMMAND_CHARACTERS = 1024
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -65,6 +66,7 @@ class Place:
     root: Path
     uid: int | None
     seen_as: str
+    group: SlotGroup
 
     @property
     def workspace(self) -> Path:
@@ -79,6 +81,7 @@ class Blueprint:
     isolation: Isolation
     slots_directory: Path
     stage: Stage
+    groups: ControlGroups
     shown: tuple[str, ...]
     prefix: str
     compiled_init: bool
@@ -87,7 +90,15 @@ class Blueprint:
     seccomp_filter: bytes | None = None
 
     @classmethod
-    def prepare(cls, isolation: Isolation, data_dir: Path, read_only: Sequence[str], *, keep: Sequence[str] = ()) -> Blueprint:
+    def prepare(
+        cls,
+        isolation: Isolation,
+        data_dir: Path,
+        read_only: Sequence[str],
+        groups: ControlGroups,
+        *,
+        keep: Sequence[str] = (),
+    ) -> Blueprint:
         """Look at the machine and make everything reachable that boxes show.
 
         Puts what boxes need into `data_dir/slots`. Must run before the process has a second thread.
@@ -110,7 +121,9 @@ class Blueprint:
         else:
             stage = Stage.plain(trees)
         seccomp_filter = None if isolation == "none" else seccomp.filter_of_this_machine()
-        return cls(isolation, slots_directory, stage, tuple(trees[1:]), prefix, compiled, bubblewrap, options, seccomp_filter)
+        return cls(
+            isolation, slots_directory, stage, groups, tuple(trees[1:]), prefix, compiled, bubblewrap, options, seccomp_filter
+        )
 
     def place(self, index: int) -> Place:
         """Make the directory of a slot and the files that describe its user."""
@@ -129,14 +142,14 @@ class Blueprint:
         for name in ("passwd", "group", "hosts"):
             (directory / name).chmod(0o644)
         seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{self.staged(root)}{WORKSPACE}"
-        return Place(directory, root, uid, seen_as)
+        return Place(directory, root, uid, seen_as, self.groups.slot(index))
 
     def argv(self, place: Place, *, network: bool, control: int, output: int, seccomp_filter: int | None) -> list[str]:
         """The command line of a box whose init talks over two inherited descriptors.
 
         `seccomp_filter` is a third one, from which bubblewrap reads the filter, if there is one.
         """
-        limits = ",".join(f"{getattr(resource, f'RLIMIT_{name}')}:{value}" for name, value in PROCESS_LIMITS.items())
+        limits = ",".join(f"{getattr(resource, f'RLIMIT_{name}')}:{value}" for name, value in self.process_limits.items())
         init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), limits]
         if self.isolation == "none":
             init[2] = self.staged(self.slots_directory / "init.py")
@@ -152,6 +165,21 @@ class Blueprint:
             arguments = f"{control} {output} {limits}".ljust(_SHOWN_COMMAND_CHARACTERS)
             return [*box, "--setenv", "LD_PRELOAD", COMPILED_INIT_IN_BOX, "--", "/bin/sh", "-c", arguments]
         return [*box, "--", os.path.realpath(sys.executable), *init]
+
+    @property
+    def process_limits(self) -> dict[str, int]:
+        """Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
+        limits = {**PROCESS_LIMITS, "NPROC": self.groups.limits.processes}
+        if "memory" in self.groups.missing:
+            # Not the address space: some runtimes reserve far more of it than they use.
+            limits["DATA"] = self.groups.limits.memory_bytes
+        return limits
+
+    @property
+    def tmpfs_bytes(self) -> dict[str, int]:
+        """The sizes of the places of `TMPFS_BYTES`: not so large that files, which no kill frees, could use up the memory."""
+        share = min(1.0, self.groups.limits.memory_bytes / (2 * sum(TMPFS_BYTES.values())))
+        return {path: int(size * share) for path, size in TMPFS_BYTES.items()}
 
     def staged(self, path: Path) -> str:
         """A path below the slots' directory as the user of a slot reaches it."""
@@ -175,11 +203,14 @@ class Blueprint:
 
     def limits(self) -> dict[str, Any]:
         """What is enforced, for `/health`."""
-        enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in PROCESS_LIMITS.items()}
+        enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in self.process_limits.items()}
+        enforced["cgroups"] = self.groups.versions
+        if "memory" in self.groups.versions:
+            enforced["memory_bytes"] = self.groups.limits.memory_bytes
         if self.isolation == "none":
             return enforced
         enforced["compiled_init"] = self.compiled_init
-        enforced["tmpfs_bytes"] = dict(TMPFS_BYTES)
+        enforced["tmpfs_bytes"] = self.tmpfs_bytes
         enforced["seccomp"] = self.seccomp_filter is not None
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
         return enforced
@@ -199,7 +230,7 @@ class Blueprint:
             elif os.path.isdir(f"/{name}"):
                 argv += ["--ro-bind", f"/{name}", f"/{name}"]
         argv += ["--proc", "/proc", "--dev", "/dev"]
-        for path, size in TMPFS_BYTES.items():
+        for path, size in self.tmpfs_bytes.items():
             argv += ["--size", str(size), "--perms", "1777" if path in ("/tmp", "/dev/shm") else "0755", "--tmpfs", path]
         for path in (*_ETC, *(_ETC_WITH_NETWORK if network else ())):
             argv += ["--ro-bind-try", path, path]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox_image.blueprint import Blueprint, Place
+from sandbox_image.cgroups import SlotGroup
 from sandbox_image.errors import BoxError, ToolError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 
@@ -81,6 +82,7 @@ class Box:
     _hello: asyncio.Future[dict[str, str]]
     _exited: asyncio.Future[None]
     _contained: bool
+    _group: SlotGroup
     _init_fd: int | None = None
     _call: _Call | None = None
     _orders: int = 0
@@ -160,6 +162,7 @@ class Box:
             loop.create_future(),
             loop.create_future(),
             blueprint.isolation != "none",
+            place.group,
         )
         loop.add_reader(control, box._on_hello)
         loop.add_reader(output, box._on_output)
@@ -377,12 +380,21 @@ class Box:
             return
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                self._init_fd = os.pidfd_open(_CREDENTIALS.unpack_from(payload)[0])
+                pid = _CREDENTIALS.unpack_from(payload)[0]
+                self._init_fd = os.pidfd_open(pid)
+                self._limit(pid)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_message)
         if not self._hello.done():
             lines = packet.split(b"\0", 1)[1].decode(errors="replace").splitlines()
             self._hello.set_result(dict(line.split(":\t", 1) for line in lines if ":\t" in line))
+
+    def _limit(self, pid: int) -> None:
+        """Put the init under the limits of its slot, before it has started anything."""
+        try:
+            self._group.add(pid)
+        except OSError as error:
+            self._lost(f"it cannot be limited: {error}")
 
     def _on_message(self) -> None:
         descriptors: list[int] = []

@@ -7,10 +7,12 @@ import fcntl
 import os
 from pathlib import Path
 
+from sandbox_image.cgroups import remove_recorded
 from sandbox_image.errors import StartupError
 from sandbox_image.trees import remove_tree
 
 _MARKER = ".slot-server"
+_GROUPS = "cgroups"
 _OWN = ("slots", "layers", "trash", "stage")
 
 
@@ -21,6 +23,7 @@ class DataDir:
         self.path = path
         self.layers = path / "layers"
         self.trash = path / "trash"
+        self.groups = path / _GROUPS
         self._lock = lock
         self._created = created
 
@@ -43,7 +46,7 @@ class DataDir:
         path.mkdir(mode=0o711, parents=True, exist_ok=True)
         marker = path / _MARKER
         if not marker.exists():
-            foreign = [name for name in _OWN if (path / name).exists()]
+            foreign = [name for name in (*_OWN, _GROUPS) if (path / name).exists()]
             if foreign:
                 raise StartupError(f"--data-dir {path}: {foreign[0]} in it is not a slot server's; use an empty directory")
         lock = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -53,6 +56,7 @@ class DataDir:
             os.close(lock)
             raise StartupError(f"--data-dir {path}: another slot server uses it") from None
         claimed = cls(path, lock, created)
+        remove_recorded(claimed.groups)
         for name in _OWN:
             remove_tree(path / name)
         claimed.layers.mkdir(mode=0o700)
@@ -72,18 +76,29 @@ class DataDir:
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(path)
+            cls.remove(path)
         except BlockingIOError:
             return False
         finally:
             os.close(lock)
         return True
 
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove the directory of a server that does not run any more, with all that it made elsewhere.
+
+        Raises:
+            OSError: something in it belongs to somebody else, or is still in use.
+        """
+        remove_recorded(path / _GROUPS)
+        remove_tree(path)
+
     def release(self, *, with_parent: bool = False) -> None:
         """Remove everything that the server has made; the directory itself as well if it is the server's or its dead parent's.
 
         Directories in it go only if they are empty: what somebody else put there is not ours to delete.
         """
+        remove_recorded(self.groups)
         for name in (*_OWN, _MARKER):
             remove_tree(self.path / name)
         os.close(self._lock)

@@ -10,6 +10,9 @@ from typing import cast
 from sandbox_image.blueprint import Isolation
 from sandbox_image.errors import StartupError
 
+LEAST_MEMORY_BYTES = 64 * 1024**2
+LEAST_PROCESSES = 16
+
 
 @dataclass(frozen=True)
 class Options:
@@ -24,6 +27,8 @@ class Options:
     read_only: tuple[str, ...]
     isolation: Isolation
     die_with_parent: bool
+    memory_bytes: int
+    processes: int
 
     @classmethod
     def parse(cls, argv: list[str]) -> Options:
@@ -42,9 +47,15 @@ class Options:
         parser.add_argument("--read-only", action="append", default=[], metavar="PATH", help="show this tree in the boxes")
         parser.add_argument("--isolation", choices=["bubblewrap", "none"], default="bubblewrap")
         parser.add_argument("--die-with-parent", action="store_true", help="stop when standard input ends")
+        parser.add_argument("--memory-bytes", type=int, default=4 * 1024**3, help="of a slot, its files in memory included")
+        parser.add_argument("--processes", type=int, default=1024, help="of a slot, threads included")
         given = parser.parse_args(argv)
         if not 1 <= given.slots <= 4096:
             parser.error("--slots must be between 1 and 4096")
+        if given.memory_bytes < LEAST_MEMORY_BYTES:
+            parser.error(f"--memory-bytes must be at least {LEAST_MEMORY_BYTES}")
+        if given.processes < LEAST_PROCESSES:
+            parser.error(f"--processes must be at least {LEAST_PROCESSES}")
         if given.port is None and given.unix_socket is None:
             parser.error("give --port, --unix-socket or both")
         return cls(
@@ -57,6 +68,8 @@ class Options:
             read_only=tuple(given.read_only),
             isolation=cast(Isolation, given.isolation),
             die_with_parent=given.die_with_parent,
+            memory_bytes=given.memory_bytes,
+            processes=given.processes,
         )
 
 

@@ -181,7 +181,8 @@ class ExecutionResult(Wire):
     """What a tool did. `output` of a command is its standard output and error, in the order they were written.
 
     Metadata of `bash`: `exit_code` (int; 128 + N for signal N, None on timeout), `timeout` (bool), `truncated` (bool: some
-    output was dropped), `output_bytes` (int: all that was written), `duration_s` (float), `sandboxed` (bool).
+    output was dropped), `output_bytes` (int: all that was written), `duration_s` (float), `sandboxed` (bool), and where the
+    server can tell `oom_killed` (bool: a process of the slot was killed because its memory was used up).
     """
 
     success: bool

@@ -2,6 +2,7 @@
 
     python -m sandbox_image.server --host H --port P --slots N --data-dir D [--token-file F] [--unix-socket S]
                                    [--read-only PATH ...] [--isolation bubblewrap|none] [--die-with-parent]
+                                   [--memory-bytes N] [--processes N]
 
 Routes and messages are those of `sandbox_image.protocol`. When it listens it prints one line of JSON,
 `{"ready": true, "port": P, "unix_socket": S, "version": V}`; if it cannot run it prints one line that says why, on standard
@@ -29,6 +30,7 @@ from aiohttp import web
 
 from sandbox_image import artifacts
 from sandbox_image.blueprint import Blueprint
+from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.datadir import DataDir
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, StartupError
 from sandbox_image.executions import ExecutionLog
@@ -340,7 +342,9 @@ def main() -> int:
         data_dir = DataDir.claim(options.data_dir)
         try:
             keep = [options.unix_socket] if options.unix_socket is not None else []
-            blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, keep=keep)
+            limits = GroupLimits(options.memory_bytes, options.processes)
+            groups = ControlGroups.prepare(Hierarchy.find(), data_dir.groups, limits, options.slots)
+            blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, groups, keep=keep)
             asyncio.run(_serve(options, data_dir, blueprint))
         finally:
             if options.unix_socket is not None:

@@ -152,6 +152,7 @@ class Slot:
         self._layer: str | None = None
         self._network = False
         self._closing = False
+        self._memory_kills = place.group.kills()
 
     def state(self) -> SlotState:
         """What it is at the moment."""
@@ -185,7 +186,10 @@ class Slot:
             except ToolError as error:
                 result = ExecutionResult(success=False, output="", error=str(error))
             except BoxError as error:
-                raise self._failure(str(error)) from error
+                reason = f"{error} (its memory was used up)" if self._out_of_memory() else str(error)
+                raise self._failure(reason) from error
+            if "exit_code" in result.metadata and self._memory_kills is not None:
+                result.metadata["oom_killed"] = self._out_of_memory()
         return result
 
     async def artifact(self, request: Request, serve: Callable[[WorkspaceFiles, Request], Answer]) -> Answer:
@@ -251,6 +255,11 @@ class Slot:
             return await asyncio.to_thread(read_file, self._files, arguments)
         return await asyncio.to_thread(write_file, self._files, arguments)
 
+    def _out_of_memory(self) -> bool:
+        """Whether a process was killed for the memory limit since this was last asked."""
+        before, self._memory_kills = self._memory_kills, self._place.group.kills()
+        return self._memory_kills != before
+
     async def _renew_or_fail(self, layer: str | None, network: bool) -> None:
         try:
             await self._renew(layer, network=network)
@@ -275,6 +284,7 @@ class Slot:
             self._trouble = str(error)
             raise
         self._layer, self._network = layer, network
+        self._memory_kills = self._place.group.kills()
         if self._closing:
             await self._box.kill("the server stops")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_image.trees import remove_tree
+from sandbox_image.datadir import DataDir
 from tests.sandbox_image.running import (
     Api,
     RunningServer,
@@ -141,7 +141,7 @@ async def test_boxes_die_with_a_killed_server_and_the_next_one_cleans_up(marker:
             assert server.process.stdout is not None
             server.process.stdout.close()
         assert eventually(lambda: not [pid for pid in second.processes() if alive(pid)])
-        remove_tree(second.data)
+        DataDir.remove(second.data)
         assert not second.data.exists()
 
 

@@ -1,0 +1,212 @@
+"""What the processes of a slot may use together: with the control groups of this machine, and with a tree like version 2's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy, remove_group, remove_recorded
+from sandbox_image.datadir import DataDir
+from tests.sandbox_image.running import Api, eventually, launch, open_directory, running, server_command
+
+LIMITS = GroupLimits(memory_bytes=256 * 1024**2, processes=64)
+
+
+@pytest.fixture(scope="module")
+def usable() -> list[Hierarchy]:
+    """The hierarchies of this machine; skips where the tests may not make groups in them."""
+    found = [hierarchy for hierarchy in Hierarchy.find() if os.access(hierarchy.group, os.W_OK)]
+    if not {"memory", "pids", "cpu"} <= {name for hierarchy in found for name in hierarchy.controllers}:
+        pytest.skip("control groups for memory, pids and cpu may not be made here")
+    return found
+
+
+def groups_of(pid: int) -> set[str]:
+    """The groups of servers that a process is in."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return {line.rpartition("/hermes-envs-")[2].partition("/")[2] for line in lines if "/hermes-envs-" in line}
+
+
+def left(record: list[str]) -> list[str]:
+    """Which of some groups there are."""
+    return [name for name in record if Path(name).exists()]
+
+
+async def test_a_slot_is_in_its_group_and_the_group_goes_with_the_server(usable: list[Hierarchy]) -> None:
+    with running("--memory-bytes", str(LIMITS.memory_bytes), "--processes", "64") as server:
+        record = (server.data / "cgroups").read_text().split()
+        assert len(record) == len(usable)
+        assert {frozenset(groups_of(pid)) for pid in server.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
+        assert groups_of(server.process.pid) == set()
+        api = Api.over(server)
+        async with api.session:
+            _, health = await api.get("/health")
+            assert set(health["limits"]["cgroups"]) == {"memory", "pids", "cpu"}
+            assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
+            await api.reset()
+            assert {frozenset(groups_of(pid)) for pid in server.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
+    assert left(record) == []
+
+
+@pytest.mark.usefixtures("usable")
+async def test_how_a_command_ends_whose_memory_is_used_up() -> None:
+    with running("--memory-bytes", str(LIMITS.memory_bytes)) as server:
+        api = Api.over(server)
+        async with api.session:
+            result = await api.bash("exec python3 -c 'data = b\"x\" * (400 << 20)'")
+            assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, True)
+            result = await api.bash("python3 -c 'data = b\"x\" * (400 << 20)'; echo then")
+            assert (result["output"].splitlines()[-1], result["metadata"]["oom_killed"]) == ("then", True)
+            result = await api.bash("kill -9 $$")
+            assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, False)
+            together = "for _ in 1 2 3 4; do python3 -c 'import time; data = b\"x\" * (90 << 20); time.sleep(1)' & done; wait"
+            assert (await api.bash(together))["metadata"]["oom_killed"]
+            assert await Api(api.session, "slot_1").output("echo untouched") == "untouched\n"
+            fill = "for place in /tmp /dev/shm /run $HOME; do head -c 300M /dev/zero > $place/file; done; true"
+            result = await api.bash(fill)
+            assert (result["output"].count("No space left"), result["metadata"]["oom_killed"]) == (4, False)
+            assert await api.output("echo fine") == "fine\n"
+
+
+@pytest.mark.usefixtures("usable")
+async def test_processes_of_a_slot_are_counted_together() -> None:
+    with running("--processes", "64") as server:
+        api = Api.over(server)
+        async with api.session:
+            source = """
+                import os, time
+                count = 0
+                try:
+                    while True:
+                        if os.fork() == 0:
+                            time.sleep(60)
+                            os._exit(0)
+                        count += 1
+                except BlockingIOError:
+                    print(40 < count < 64)
+            """
+            await api.tool("write_file", {"path": "bomb.py", "content": textwrap.dedent(source)})
+            assert await api.output("python3 bomb.py") == "True\n"
+            assert await api.output("echo again") == "again\n"
+
+
+@pytest.mark.usefixtures("usable")
+def test_groups_of_a_killed_server_are_removed() -> None:
+    with open_directory() as directory:
+        first = launch([sys.executable, *server_command(directory)], directory)
+        record = (first.data / "cgroups").read_text().split()
+        first.process.kill()
+        first.process.wait()
+        assert first.process.stdout is not None
+        first.process.stdout.close()
+        assert left(record) == record
+        assert DataDir.remove_abandoned(first.data)
+        assert left(record) == []
+        assert not first.data.exists()
+
+
+async def test_each_process_has_a_limit_where_no_groups_may_be_made() -> None:
+    with running("--memory-bytes", str(LIMITS.memory_bytes), other_user=True) as server:
+        api = Api.over(server)
+        async with api.session:
+            _, health = await api.get("/health")
+            if health["limits"]["cgroups"]:
+                pytest.skip("an ordinary user may make control groups here")
+            assert health["limits"]["rlimit_data"] == LIMITS.memory_bytes
+            result = await api.bash("python3 -c 'data = b\"x\" * (400 << 20)'")
+            assert "MemoryError" in result["output"]
+            assert "oom_killed" not in result["metadata"]
+
+
+def tree(directory: Path, *, enabled: str = "", members: str = "", limit: str = "max") -> Path:
+    """Directories and files laid out like a hierarchy of version 2; what the kernel does when they are written is left out.
+
+    Gives the group that a server is in.
+    """
+    top = directory / "cgroup"
+    own = top / "jobs/mine"
+    own.mkdir(parents=True)
+    for group, controllers in ((top, "cpu memory pids"), (top / "jobs", "cpu memory pids"), (own, enabled)):
+        (group / "cgroup.subtree_control").write_text(f"{controllers}\n")
+        (group / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (own / "cgroup.procs").write_text(members)
+    (own / "memory.max").write_text(f"{limit}\n")
+    return own
+
+
+def prepare(directory: Path) -> ControlGroups:
+    """Groups in such a tree."""
+    proc = directory / "proc"
+    proc.mkdir()
+    (proc / "mountinfo").write_text(f"31 23 0:28 / {directory}/cgroup rw,relatime - cgroup2 cgroup2 rw\n")
+    (proc / "cgroup").write_text("0::/jobs/mine\n")
+    return ControlGroups.prepare(Hierarchy.find(proc), directory / "record", LIMITS, slots=2)
+
+
+def contents(group: Path) -> dict[str, str]:
+    """The files of a group."""
+    return {path.name: path.read_text() for path in group.iterdir() if path.is_file()}
+
+
+def test_version_2_where_controllers_are_handed_on(tmp_path: Path) -> None:
+    own = tree(tmp_path, enabled="cpu memory pids", members="1\n2\n", limit="1000000")
+    groups = prepare(tmp_path)
+    assert (groups.missing, groups.versions) == ({}, {"memory": 2, "pids": 2, "cpu": 2})
+    (made,) = own.glob("hermes-envs-*")
+    assert (tmp_path / "record").read_text() == f"{made}\n"
+    assert contents(made) == {"cgroup.subtree_control": "+memory +pids +cpu", "cpu.weight": "200"}
+    assert contents(made / "slot_1") == {"memory.max": "268435456", "memory.swap.max": "0", "pids.max": "64"}
+    group = groups.slot(1)
+    group.add(1234)
+    assert (made / "slot_1/cgroup.procs").read_text() == "1234"
+    (made / "slot_1/memory.events").write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n")
+    assert group.kills() == 2
+
+
+def test_version_2_goes_up_while_nobody_has_set_a_limit(tmp_path: Path) -> None:
+    own = tree(tmp_path, members="1\n2\n")
+    assert prepare(tmp_path).missing == {}
+    assert [path.parent for path in tmp_path.rglob("hermes-envs-*")] == [own.parent]
+
+
+def test_version_2_makes_room_when_it_is_alone_below_a_limit(tmp_path: Path) -> None:
+    own = tree(tmp_path, members=f"{os.getpid()}\n", limit="1000000")
+    assert prepare(tmp_path).missing == {}
+    (made,) = own.glob("hermes-envs-*")
+    assert (made / "server/cgroup.procs").read_text() == str(os.getpid())
+    assert (own / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+
+
+def test_a_read_only_hierarchy_is_missing(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    own = tree(tmp_path, enabled="cpu memory pids")
+    own.chmod(0o500)
+    assert set(prepare(tmp_path).missing) == {"memory", "pids", "cpu"}
+
+
+def test_no_hierarchy_at_all(tmp_path: Path) -> None:
+    groups = ControlGroups.prepare([], tmp_path / "record", LIMITS, slots=2)
+    assert set(groups.missing) == {"memory", "pids", "cpu"}
+    assert groups.slot(0).kills() is None
+    remove_recorded(tmp_path / "record")
+
+
+def test_what_runs_in_a_group_of_version_2_is_ended_with_it() -> None:
+    """On the machine's own hierarchy, whatever controllers it has."""
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup2 " in line]
+    if not places or not os.access(places[0], os.W_OK):
+        pytest.skip("there is no hierarchy of version 2 that may be written")
+    group = Path(places[0]) / f"hermes-envs-test-{os.getpid()}"
+    (group / "slot_0").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        (group / "slot_0/cgroup.procs").write_text(str(process.pid))
+        remove_group(group)
+        assert process.wait(10) == -signal.SIGKILL
+    assert eventually(lambda: not group.exists())
