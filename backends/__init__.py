@@ -19,6 +19,7 @@ from backends.errors import (
     SandboxProtocolError,
     SandboxUnavailableError,
     SlotLostError,
+    SnapshotError,
 )
 from backends.local import LocalBackend, LocalOptions
 
@@ -40,6 +41,7 @@ __all__ = [
     "SandboxUnavailableError",
     "Slot",
     "SlotLostError",
+    "SnapshotError",
     "ToolBackend",
     "create_tool_backend",
 ]

@@ -19,6 +19,7 @@ from backends.errors import (
     SandboxProtocolError,
     SandboxUnavailableError,
     SlotLostError,
+    SnapshotError,
 )
 from sandbox_image.protocol import (
     DEFAULT_TIMEOUT_S,
@@ -43,6 +44,7 @@ _EXCEPTIONS: Mapping[ErrorKind, type[SandboxError]] = {
     ErrorKind.TOO_LARGE: ArtifactTooLargeError,
     ErrorKind.SLOT_FAILED: SlotLostError,
     ErrorKind.SHUTTING_DOWN: SandboxUnavailableError,
+    ErrorKind.NO_ROOM: SnapshotError,
 }
 
 Message = TypeVar("Message", bound=Wire)
@@ -51,6 +53,10 @@ Outcome = ExecutionResult | SandboxError
 
 class RefusedError(SandboxProtocolError):
     """The server calls the request malformed: it certainly did not run."""
+
+
+class MissingError(SandboxProtocolError):
+    """What the request names is not there."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def exception_of(value: object, *, artifact: bool) -> SandboxError:
         return SandboxProtocolError(f"the server failed with an unknown kind {shown(failure.kind)!r}: {shown(failure.error)}")
     chosen = _EXCEPTIONS[kind]
     if issubclass(chosen, ArtifactError) and not artifact:
-        chosen = SandboxProtocolError
+        chosen = MissingError if kind is ErrorKind.NOT_FOUND else SandboxProtocolError
     if kind in (ErrorKind.BAD_REQUEST, ErrorKind.TOO_LARGE) and not artifact:
         chosen = RefusedError
     return chosen(shown(failure.error))

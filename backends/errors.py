@@ -6,6 +6,7 @@
     │   └── AcquireTimeoutError   no slot became free in time
     ├── SlotLostError             the slot's workspace is gone: server restarted, lease expired, box died
     ├── ExecutionTimeoutError     the server did not answer within the tool's timeout plus a margin
+    ├── SnapshotError             a snapshot cannot be made, or is not where it is wanted
     ├── SandboxProtocolError      the server answered something that is not the protocol
     └── ArtifactError             an artifact request that cannot be served; the message says why
         ├── ArtifactNotFoundError
@@ -44,6 +45,10 @@ class ExecutionTimeoutError(SandboxError):
 
 class SandboxProtocolError(SandboxError):
     """The server answered with something that is not the protocol, or refused the request as malformed."""
+
+
+class SnapshotError(SandboxError):
+    """A snapshot cannot be made, is gone, or is in another sandbox than the slot."""
 
 
 class ArtifactError(SandboxError):

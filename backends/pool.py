@@ -243,16 +243,18 @@ class SlotPool:
         async def build() -> None:
             if layer.base is not None:
                 await self._ensure_layer(sandbox, slot, layer.base)
-            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer.base, network=True)
+            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer.base, network=True, for_layer=True)
             await layer.build(slot)
             await sandbox.client.freeze(FreezeRequest(slot.slot_id, layer.name, lease=slot.lease))
 
         await sandbox.layers.ensure(layer.name, build)
 
     @staticmethod
-    async def _reset(sandbox: Sandbox, slot_id: str, *, layer: Layer | None = None, network: bool) -> str:
+    async def _reset(
+        sandbox: Sandbox, slot_id: str, *, layer: Layer | None = None, network: bool, for_layer: bool = False
+    ) -> str:
         """The slot's new lease."""
-        request = ResetRequest(slot_id, layer=None if layer is None else layer.name, network=network)
+        request = ResetRequest(slot_id, layer=None if layer is None else layer.name, network=network, for_layer=for_layer)
         state = await sandbox.client.reset(request)
         if state.slot_id != slot_id:
             raise SandboxProtocolError(f"asked to reset {slot_id}, the server reset another slot")

@@ -20,6 +20,8 @@ from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_ENTRIES,
     DEFAULT_TIMEOUT_S,
     MAX_BATCH_ITEMS,
+    WORKSPACE_BYTES,
+    WORKSPACE_INODES,
     ArtifactArchive,
     ArtifactArchiveRequest,
     ArtifactContent,
@@ -39,6 +41,12 @@ class PoolOptions(BaseModel):
     acquire_timeout_s: float = Field(300.0, gt=0, description="Longest wait for a free slot, in seconds.")
     allow_network: bool = Field(False, description="Whether slots reach the network; layers are always built with it.")
     require_sandbox: bool = Field(True, description="Refuse to start without isolation.")
+    workspace_bytes: int = Field(WORKSPACE_BYTES, ge=1, description="What a slot may write, beside what its layer holds.")
+    workspace_inodes: int = Field(WORKSPACE_INODES, ge=100, description="How many files and directories it may make.")
+    workspaces_on_disk: bool = Field(False, description="Keep workspaces on disk, without these limits, and not in memory.")
+    layer_bytes: int | None = Field(
+        None, ge=1, description="Room for layers in each sandbox; half of its free disk. Those used longest ago are deleted."
+    )
     tool_batch_window_ms: float = Field(
         0.0, ge=0, description="How long a call waits for others to travel with; 0 sends it at once."
     )
@@ -50,7 +58,13 @@ class PoolOptions(BaseModel):
 
     def server_arguments(self) -> list[str]:
         """What these options mean on the command line of a slot server."""
-        return ["--memory-bytes", str(self.slot_memory_bytes), "--processes", str(self.slot_processes)]
+        arguments = ["--memory-bytes", str(self.slot_memory_bytes), "--processes", str(self.slot_processes)]
+        arguments += ["--workspace-bytes", str(self.workspace_bytes), "--workspace-inodes", str(self.workspace_inodes)]
+        if self.workspaces_on_disk:
+            arguments.append("--workspaces-on-disk")
+        if self.layer_bytes is not None:
+            arguments += ["--layer-bytes", str(self.layer_bytes)]
+        return arguments
 
 
 class PooledBackend(ToolBackend):

@@ -135,7 +135,7 @@ done
 rm -rf {_SCRATCH}
 """
 
-# A layer is copied for each trajectory: pip is half of the environment and of no use without a network.
+# pip is of no use without a network, and half of the environment where layers have to be copied.
 _SITE_PACKAGES = f"{VIRTUAL_ENVIRONMENT}/lib/python3.*/site-packages"
 _FINISH_ENVIRONMENT = f"""
 set -e

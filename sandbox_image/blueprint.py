@@ -57,7 +57,7 @@ _RESERVED = ("/proc", "/dev", "/run", "/etc", WORKSPACE)
 
 @dataclass(frozen=True)
 class Place:
-    """The files of one slot on the host: `root` holds the workspace and nothing else.
+    """The files of one slot on the host: `root`, as the slot's user reaches it, holds the workspace and nothing else.
 
     `uid` None is the server's own user; `seen_as` is the workspace's path for commands.
     """
@@ -72,6 +72,11 @@ class Place:
     def workspace(self) -> Path:
         """The workspace on the host."""
         return self.root / WORKSPACE.removeprefix("/")
+
+    @property
+    def unmounted(self) -> Path:
+        """The workspace where it is a directory among the server's own files, and not mounted."""
+        return self.directory / "root" / WORKSPACE.removeprefix("/")
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Blueprint:
         directory = self.slots_directory / f"slot_{index}"
         root = directory / "root"
         root.mkdir(mode=0o711, parents=True)
+        root = Path(self.staged(root))
         directory.chmod(0o711)
         uid = FIRST_SLOT_UID + index if os.geteuid() == 0 else None
         shown_uid, shown_gid = (uid, uid) if uid is not None else (os.getuid(), os.getgid())
@@ -141,7 +147,7 @@ class Blueprint:
         (directory / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n")
         for name in ("passwd", "group", "hosts"):
             (directory / name).chmod(0o644)
-        seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{self.staged(root)}{WORKSPACE}"
+        seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{root}{WORKSPACE}"
         return Place(directory, root, uid, seen_as, self.groups.slot(index))
 
     def argv(self, place: Place, *, network: bool, control: int, output: int, seccomp_filter: int | None) -> list[str]:
@@ -240,7 +246,7 @@ class Blueprint:
         argv += ["--ro-bind", self.staged(self.slots_directory / init[0]), init[1]]
         for path in self.shown:
             argv += ["--ro-bind", self.stage.source(path), path]
-        argv += ["--bind", self.staged(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]
+        argv += ["--bind", str(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]
         return [*argv, "--chdir", WORKSPACE]
 
 

@@ -13,7 +13,7 @@ from sandbox_image.trees import remove_tree
 
 _MARKER = ".slot-server"
 _GROUPS = "cgroups"
-_OWN = ("slots", "layers", "trash", "stage")
+_OWN = ("slots", "layers", "trash", "stage", "views", "scratch", "trial")
 
 
 class DataDir:

@@ -7,19 +7,14 @@ reach. Nobody else sees that namespace, and its mounts vanish with the last proc
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from sandbox_image import linux
 from sandbox_image.errors import StartupError
 
-_CLONE_NEWNS = 0x00020000
-_MS_BIND = 0x1000
-_MS_MOVE = 0x2000
-_MS_REC = 0x4000
-_MS_SLAVE = 0x80000
 _STANDARD_DIRECTORIES = ("/mnt", "/media", "/srv", "/opt")
 
 
@@ -48,17 +43,23 @@ class Stage:
         Raises:
             StartupError: a mount namespace is refused, and a tree cannot be reached without one.
         """
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNS) != 0:
-            return cls._without_namespace(trees, os.strerror(ctypes.get_errno()))
-        # Mounts of the machine still arrive here, ours do not leave.
-        _mount(libc, "none", "/", None, _MS_REC | _MS_SLAVE, None)
+        try:
+            linux.enter_own_mounts()
+        except OSError as error:
+            return cls._without_namespace(trees, os.strerror(error.errno or 0))
         place = next((path for path in _STANDARD_DIRECTORIES if _may_be_covered(path, keep)), None)
         if place is None:
             raise StartupError(f"none of {', '.join(_STANDARD_DIRECTORIES)} is a directory that may be covered by a mount")
+        try:
+            return cls(cls._bind(trees, scratch, place))
+        except OSError as error:
+            raise StartupError(f"cannot show what slots need: {error.strerror}") from error
+
+    @staticmethod
+    def _bind(trees: Sequence[str], scratch: Path, place: str) -> dict[str, str]:
         scratch.mkdir(mode=0o700)
         try:
-            _mount(libc, "stage", str(scratch), "tmpfs", 0, "mode=0711,size=1m")
+            linux.mount("stage", str(scratch), "tmpfs", options="mode=0711,size=1m")
             sources = {}
             for number, tree in enumerate(trees):
                 point = scratch / str(number)
@@ -66,12 +67,12 @@ class Stage:
                     point.mkdir()
                 else:
                     point.touch()
-                _mount(libc, tree, str(point), None, _MS_BIND | _MS_REC, None)
+                linux.mount(tree, str(point), flags=linux.MS_BIND | linux.MS_REC)
                 sources[tree] = f"{place}/{number}"
-            _mount(libc, str(scratch), place, None, _MS_MOVE, None)
+            linux.mount(str(scratch), place, flags=linux.MS_MOVE)
         finally:
             scratch.rmdir()
-        return cls(sources)
+        return sources
 
     @classmethod
     def _without_namespace(cls, trees: Sequence[str], reason: str) -> Stage:
@@ -96,9 +97,3 @@ def _barrier(tree: str) -> str | None:
         if not directory.stat().st_mode & stat.S_IXOTH:
             return str(directory)
     return None
-
-
-def _mount(libc: ctypes.CDLL, source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
-    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
-    if libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]) != 0:
-        raise StartupError(f"cannot mount {source} at {target}: {os.strerror(ctypes.get_errno())}")

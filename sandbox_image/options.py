@@ -9,6 +9,8 @@ from typing import cast
 
 from sandbox_image.blueprint import Isolation
 from sandbox_image.errors import StartupError
+from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES
+from sandbox_image.storage import StorageOptions
 
 LEAST_MEMORY_BYTES = 64 * 1024**2
 LEAST_PROCESSES = 16
@@ -29,6 +31,7 @@ class Options:
     die_with_parent: bool
     memory_bytes: int
     processes: int
+    storage: StorageOptions
 
     @classmethod
     def parse(cls, argv: list[str]) -> Options:
@@ -49,6 +52,10 @@ class Options:
         parser.add_argument("--die-with-parent", action="store_true", help="stop when standard input ends")
         parser.add_argument("--memory-bytes", type=int, default=4 * 1024**3, help="of a slot, its files in memory included")
         parser.add_argument("--processes", type=int, default=1024, help="of a slot, threads included")
+        parser.add_argument("--workspace-bytes", type=int, default=WORKSPACE_BYTES, help="what a slot may write")
+        parser.add_argument("--workspace-inodes", type=int, default=WORKSPACE_INODES, help="how many files it may make")
+        parser.add_argument("--workspaces-on-disk", action="store_true", help="not in memory; their size is not limited then")
+        parser.add_argument("--layer-bytes", type=int, help="room for layers; half of the free disk")
         given = parser.parse_args(argv)
         if not 1 <= given.slots <= 4096:
             parser.error("--slots must be between 1 and 4096")
@@ -58,6 +65,9 @@ class Options:
             parser.error(f"--processes must be at least {LEAST_PROCESSES}")
         if given.port is None and given.unix_socket is None:
             parser.error("give --port, --unix-socket or both")
+        storage = StorageOptions(given.workspace_bytes, given.workspace_inodes, given.workspaces_on_disk, given.layer_bytes)
+        if min(storage.workspace_bytes, storage.layer_bytes or 1) < 1 or storage.workspace_inodes < 100:
+            parser.error("--workspace-bytes and --layer-bytes must be at least 1, --workspace-inodes at least 100")
         return cls(
             host=given.host,
             port=given.port,
@@ -70,6 +80,7 @@ class Options:
             die_with_parent=given.die_with_parent,
             memory_bytes=given.memory_bytes,
             processes=given.processes,
+            storage=storage,
         )
 
 

@@ -10,6 +10,7 @@ Routes (JSON both ways, `Authorization: Bearer TOKEN` when the server has one):
                              `Accept: application/x-ndjson` one BatchLine per result, each as soon as it is there
     POST /reset              ResetRequest -> SlotState
     POST /layers             FreezeRequest -> SlotState
+    POST /layers/delete      DeleteLayerRequest -> {"layers": [name]}
     GET  /layers             -> {"layers": [name]}
     GET  /health             -> Health
     GET  /slots              -> {"slots": [SlotState]}
@@ -46,6 +47,9 @@ DEFAULT_ARTIFACT_BYTES = 5_000_000
 MAX_ARTIFACT_BYTES = 64 * 1024 * 1024
 DEFAULT_ARTIFACT_ENTRIES = 5_000
 MAX_ARTIFACT_ENTRIES = 1_000_000
+WORKSPACE_BYTES = 2 * 1024**3
+WORKSPACE_INODES = 500_000
+"""What a slot may write beside what its layer holds, unless the server was told otherwise."""
 WORKSPACE = "/workspace"
 """Where a slot's files are, seen from inside of its box."""
 
@@ -61,6 +65,7 @@ class ErrorKind(str, Enum):
     TOO_LARGE = "too_large"
     SLOT_FAILED = "slot_failed"
     SHUTTING_DOWN = "shutting_down"
+    NO_ROOM = "no_room"
 
     @property
     def status(self) -> int:
@@ -77,6 +82,7 @@ _STATUS = {
     ErrorKind.TOO_LARGE: 413,
     ErrorKind.SLOT_FAILED: 502,
     ErrorKind.SHUTTING_DOWN: 503,
+    ErrorKind.NO_ROOM: 507,
 }
 
 
@@ -214,22 +220,36 @@ class BatchLine(Wire):
 class ResetRequest(Wire):
     """Give a slot a new box, a new workspace and a new lease.
 
-    The workspace starts as a copy of `layer` (a name that `/layers` froze) or empty. `network` lets the box reach the network;
-    it is meant for building layers.
+    The workspace starts with the files of `layer` (a name that `/layers` gave) or empty. `network` lets the box reach the
+    network. `for_layer` says that the workspace is going to be frozen: its files then lie where a layer's do and need not be
+    copied; their size and number are not limited.
     """
 
     slot_id: str
     layer: str | None = None
     network: bool = False
+    for_layer: bool = False
 
 
 @dataclass(frozen=True)
 class FreezeRequest(Wire):
-    """Keep a slot's workspace as the read-only layer `name`; the slot itself is reset to an empty workspace."""
+    """Keep a slot's workspace as the read-only layer `name`; the slot itself is reset to an empty workspace.
+
+    A `snapshot` is a copy of what is in the workspace when the calls before it have ended, and the slot goes on. It stays until
+    `/layers/delete`; other layers are deleted when the room for layers is used up and no slot stands on them.
+    """
 
     slot_id: str
     name: str
     lease: str | None = None
+    snapshot: bool = False
+
+
+@dataclass(frozen=True)
+class DeleteLayerRequest(Wire):
+    """Delete a layer. Slots that stand on it go on."""
+
+    name: str
 
 
 @dataclass(frozen=True)

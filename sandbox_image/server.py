@@ -29,7 +29,7 @@ from typing import Any
 from aiohttp import web
 
 from sandbox_image import artifacts
-from sandbox_image.blueprint import Blueprint
+from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.datadir import DataDir
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, StartupError
@@ -43,6 +43,7 @@ from sandbox_image.protocol import (
     ArtifactListRequest,
     ArtifactReadRequest,
     BatchLine,
+    DeleteLayerRequest,
     ErrorKind,
     ExecuteRequest,
     ExecutionResult,
@@ -52,7 +53,8 @@ from sandbox_image.protocol import (
     ProtocolError,
     ResetRequest,
 )
-from sandbox_image.slots import Layers, Slot, Trash, check_call
+from sandbox_image.slots import Slot, check_call
+from sandbox_image.storage import Storage
 
 REMEDY = (
     "bubblewrap needs user namespaces: sysctl kernel.unprivileged_userns_clone=1 and "
@@ -70,9 +72,11 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class SlotServer:
     """Routes, who may use them, and what a request must look like."""
 
-    def __init__(self, slots: dict[str, Slot], layers: Layers, blueprint: Blueprint, data_dir: Path, token: str | None) -> None:
+    def __init__(
+        self, slots: dict[str, Slot], storage: Storage, blueprint: Blueprint, data_dir: Path, token: str | None
+    ) -> None:
         self._slots = slots
-        self._layers = layers
+        self._storage = storage
         self._blueprint = blueprint
         self._data_dir = data_dir
         self._authorization = None if token is None else f"Bearer {token}".encode()
@@ -83,6 +87,7 @@ class SlotServer:
             ("POST", "/batch"): self._batch,
             ("POST", "/reset"): self._reset,
             ("POST", "/layers"): self._freeze,
+            ("POST", "/layers/delete"): self._delete_layer,
             ("GET", "/layers"): self._list_layers,
             ("GET", "/health"): self._health,
             ("GET", "/slots"): self._list_slots,
@@ -187,16 +192,22 @@ class SlotServer:
 
     async def _reset(self, request: web.BaseRequest) -> web.Response:
         wanted = ResetRequest.from_json(await _body(request))
-        state = await self._slot(wanted.slot_id).reset(wanted.layer, network=wanted.network)
+        slot = self._slot(wanted.slot_id)
+        state = await slot.reset(wanted.layer, network=wanted.network, for_layer=wanted.for_layer)
         return _json(state.to_json())
 
     async def _freeze(self, request: web.BaseRequest) -> web.Response:
         wanted = FreezeRequest.from_json(await _body(request))
-        state = await self._slot(wanted.slot_id).freeze(wanted.name, wanted.lease)
+        slot = self._slot(wanted.slot_id)
+        state = await (slot.snapshot if wanted.snapshot else slot.freeze)(wanted.name, wanted.lease)
         return _json(state.to_json())
 
+    async def _delete_layer(self, request: web.BaseRequest) -> web.Response:
+        self._storage.layers.delete(DeleteLayerRequest.from_json(await _body(request)).name)
+        return await self._list_layers(request)
+
     async def _list_layers(self, request: web.BaseRequest) -> web.Response:
-        return _json({"layers": self._layers.names()})
+        return _json({"layers": self._storage.layers.names()})
 
     async def _health(self, request: web.BaseRequest) -> web.Response:
         health = Health(
@@ -207,7 +218,7 @@ class SlotServer:
             isolation=self._blueprint.isolation,
             data_dir=str(self._data_dir),
             uptime_s=round(time.monotonic() - self._start, 3),
-            limits=self._blueprint.limits(),
+            limits=self._blueprint.limits() | self._storage.limits(),
         )
         return _json(health.to_json())
 
@@ -255,14 +266,10 @@ def _failed(error: RequestError) -> web.Response:
     return _json(Failure(error.kind.value, str(error)).to_json(), error.kind.status)
 
 
-async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint) -> None:
+async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint, places: list[Place], storage: Storage) -> None:
     stop = _stop_event(options)
-    layers, trash = Layers(data_dir.layers), Trash(data_dir.trash)
-    slots = {
-        f"slot_{index}": Slot(f"slot_{index}", blueprint.place(index), blueprint, layers, trash)
-        for index in range(options.slots)
-    }
-    server = SlotServer(slots, layers, blueprint, data_dir.path, options.token)
+    slots = {f"slot_{index}": Slot(f"slot_{index}", place, blueprint, storage) for index, place in enumerate(places)}
+    server = SlotServer(slots, storage, blueprint, data_dir.path, options.token)
     runner = web.ServerRunner(server.listener(), shutdown_timeout=2.0)
     try:
         await _start_all(slots.values())
@@ -279,7 +286,7 @@ async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint) -> N
             if ending is not None:
                 _LOG.error("%s", ending)
         await runner.cleanup()
-        await trash.close()
+        await storage.close()
 
 
 def _stop_event(options: Options) -> asyncio.Event:
@@ -345,7 +352,9 @@ def main() -> int:
             limits = GroupLimits(options.memory_bytes, options.processes)
             groups = ControlGroups.prepare(Hierarchy.find(), data_dir.groups, limits, options.slots)
             blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, groups, keep=keep)
-            asyncio.run(_serve(options, data_dir, blueprint))
+            places = [blueprint.place(index) for index in range(options.slots)]
+            storage = Storage.prepare(data_dir, blueprint, places, options.storage)
+            asyncio.run(_serve(options, data_dir, blueprint, places, storage))
         finally:
             if options.unix_socket is not None:
                 remove_stale_socket(options.unix_socket)

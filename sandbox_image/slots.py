@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.box import Box
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, ToolError
 from sandbox_image.files import ReadFileArguments, WriteFileArguments, read_file, write_file
+from sandbox_image.layers import Layer
 from sandbox_image.protocol import (
     DEFAULT_TIMEOUT_S,
     MAX_TIMEOUT_S,
@@ -30,7 +28,8 @@ from sandbox_image.protocol import (
     SlotState,
 )
 from sandbox_image.shell import BashArguments, bash
-from sandbox_image.trees import copy_tree, remove_tree
+from sandbox_image.storage import Storage, Workspace
+from sandbox_image.trees import TreeCopyError
 from sandbox_image.workspace import WorkspaceFiles
 
 TOOLS: dict[str, type[BashArguments] | type[ReadFileArguments] | type[WriteFileArguments]] = {
@@ -43,8 +42,6 @@ Arguments = BashArguments | ReadFileArguments | WriteFileArguments
 ArtifactRequest = ArtifactReadRequest | ArtifactListRequest | ArtifactArchiveRequest
 Request = TypeVar("Request", bound=ArtifactRequest)
 Answer = TypeVar("Answer", ArtifactContent, ArtifactListing, ArtifactArchive)
-
-_LAYER_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def check_call(request: ExecuteRequest) -> Arguments:
@@ -66,90 +63,23 @@ def check_call(request: ExecuteRequest) -> Arguments:
     return arguments
 
 
-class Layers:
-    """The frozen workspaces of a server, by name."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._names: set[str] = set()
-
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._names)
-
-    def path(self, name: str) -> Path:
-        """Where a layer is.
-
-        Raises:
-            RequestError: there is no such layer.
-        """
-        if name not in self._names:
-            raise RequestError(ErrorKind.NOT_FOUND, f"no layer {name!r}")
-        return self._directory / name
-
-    def check_new(self, name: str) -> None:
-        """Make sure that a layer can get this name.
-
-        Raises:
-            RequestError: it is not a name, or it is taken.
-        """
-        if not _LAYER_NAME.fullmatch(name) or name in (".", ".."):
-            raise RequestError(ErrorKind.BAD_REQUEST, "field 'name' must be 1 to 128 of the characters A-Z a-z 0-9 . _ -")
-        if name in self._names:
-            raise RequestError(ErrorKind.BAD_REQUEST, f"there is a layer {name!r} already")
-
-    def add(self, name: str, workspace: Path) -> None:
-        """Take over a directory.
-
-        Raises:
-            RequestError: as `check_new`.
-        """
-        self.check_new(name)
-        os.rename(workspace, self._directory / name)
-        self._names.add(name)
-
-
-class Trash:
-    """Deletes directories later, one after the other, so that a reset does not wait for it."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._turn = asyncio.Lock()
-
-    def take(self, path: Path) -> None:
-        """Move a directory away now; its name is free when this returns."""
-        doomed = self._directory / secrets.token_hex(8)
-        os.rename(path, doomed)
-        task = asyncio.create_task(self._remove(doomed))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def close(self) -> None:
-        """Wait until everything is deleted."""
-        await asyncio.gather(*self._tasks)
-
-    async def _remove(self, path: Path) -> None:
-        async with self._turn:
-            await asyncio.to_thread(remove_tree, path)
-
-
 class Slot:
     """One workspace at a time, calls in it one after the other."""
 
-    def __init__(self, slot_id: str, place: Place, blueprint: Blueprint, layers: Layers, trash: Trash) -> None:
+    def __init__(self, slot_id: str, place: Place, blueprint: Blueprint, storage: Storage) -> None:
         self.slot_id = slot_id
         self.lease = _new_lease()
         self._place = place
         self._blueprint = blueprint
-        self._layers = layers
-        self._trash = trash
+        self._storage = storage
         self._files = WorkspaceFiles(place)
         self._box: Box | None = None
         self._trouble = "it has not started"
         self._turn = asyncio.Lock()
         self._resets = asyncio.Lock()
-        self._layer: str | None = None
+        self._workspace: Workspace | None = None
+        # What it froze last: nobody else may have had the time to use it.
+        self._frozen: Layer | None = None
         self._network = False
         self._closing = False
         self._memory_kills = place.group.kills()
@@ -159,8 +89,9 @@ class Slot:
         state = "failed" if self._box is None or not self._box.alive else "ready"
         if self._turn.locked():
             state = "busy"
+        layer = None if self._workspace is None or self._workspace.layer is None else self._workspace.layer.name
         return SlotState.from_json(
-            {"slot_id": self.slot_id, "lease": self.lease, "state": state, "layer": self._layer, "network": self._network}
+            {"slot_id": self.slot_id, "lease": self.lease, "state": state, "layer": layer, "network": self._network}
         )
 
     async def start(self) -> None:
@@ -169,7 +100,7 @@ class Slot:
         Raises:
             BoxError: no box can be made.
         """
-        await self._renew(None, network=False)
+        await self._renew(None, network=False, for_layer=False)
 
     async def execute(self, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
         """Run a tool when the calls before it have ended.
@@ -205,20 +136,23 @@ class Slot:
         self._check_lease(lease)
         return answer
 
-    async def reset(self, layer: str | None, *, network: bool) -> SlotState:
+    async def reset(self, layer: str | None, *, network: bool, for_layer: bool = False) -> SlotState:
         """End the running call and start again with a new workspace, box and lease.
 
         Raises:
             RequestError: no such layer (nothing has changed then), or the slot cannot be made ready.
         """
-        if layer is not None:
-            self._layers.path(layer)
-        async with self._resets:
-            self.lease = _new_lease()
-            if self._box is not None:
-                self._box.doom("the slot was reset")
-            async with self._turn:
-                await self._renew_or_fail(layer, network)
+        used = None if layer is None else self._storage.layers.use(layer)
+        try:
+            async with self._resets:
+                self.lease = _new_lease()
+                if self._box is not None:
+                    self._box.doom("the slot was reset")
+                async with self._turn:
+                    given, used = used, None
+                    await self._renew_or_fail(given, network=network, for_layer=for_layer)
+        finally:
+            self._storage.layers.leave(used)
         return self.state()
 
     async def freeze(self, name: str, lease: str | None) -> SlotState:
@@ -228,17 +162,38 @@ class Slot:
             RequestError: a bad or taken name or a lease that is not the slot's (nothing has changed then), or the slot cannot
                 be made ready.
         """
-        self._layers.check_new(name)
-        async with self._resets, self._turn:
-            self._check_lease(lease)
-            box = self._require_box()
-            self.lease = _new_lease()
-            try:
-                await box.kill("the slot was frozen")
-            except BoxError as error:
-                raise self._failure(str(error)) from error
-            self._layers.add(name, self._place.workspace)
-            await self._renew_or_fail(None, network=False)
+        with self._storage.layers.claim(name):
+            async with self._resets, self._turn:
+                self._check_lease(lease)
+                box, workspace = self._require_box(), self._require_workspace()
+                self.lease = _new_lease()
+                try:
+                    await box.kill("the slot was frozen")
+                    self._workspace = None
+                    layer = await self._storage.freeze(workspace, name)
+                except (SlotServerError, OSError) as error:
+                    raise self._failure(str(error)) from error
+                try:
+                    await self._renew_or_fail(None, network=False, for_layer=False)
+                finally:
+                    self._frozen = layer
+        return self.state()
+
+    async def snapshot(self, name: str, lease: str | None) -> SlotState:
+        """Keep a copy of the workspace as a layer when the calls before it have ended; the slot goes on.
+
+        Raises:
+            RequestError: a bad or taken name, a lease that is not the slot's, a box that is lost, or no room for the copy.
+        """
+        with self._storage.layers.claim(name):
+            async with self._turn:
+                self._check_lease(lease)
+                self._require_box()
+                try:
+                    layer = await self._storage.copy(self._require_workspace(), name, evictable=False)
+                except (TreeCopyError, OSError) as error:
+                    raise RequestError(ErrorKind.NO_ROOM, f"{self.slot_id}: cannot copy the workspace: {error}") from error
+                self._storage.layers.leave(layer)
         return self.state()
 
     async def close(self) -> None:
@@ -246,6 +201,8 @@ class Slot:
         self._closing = True
         if self._box is not None:
             await self._box.kill("the server stops")
+        async with self._turn:
+            await self._clear()
 
     async def _call(self, box: Box, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
         if isinstance(arguments, BashArguments):
@@ -260,43 +217,42 @@ class Slot:
         before, self._memory_kills = self._memory_kills, self._place.group.kills()
         return self._memory_kills != before
 
-    async def _renew_or_fail(self, layer: str | None, network: bool) -> None:
+    async def _renew_or_fail(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
         try:
-            await self._renew(layer, network=network)
+            await self._renew(layer, network=network, for_layer=for_layer)
         except (SlotServerError, OSError) as error:
             raise self._failure(str(error)) from error
 
-    async def _renew(self, layer: str | None, *, network: bool) -> None:
-        box, self._box = self._box, None
+    async def _renew(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
         self._trouble = "it is being reset"
         try:
-            if box is not None:
-                await box.kill("the slot was reset")
-            workspace = self._place.workspace
-            if workspace.exists():
-                self._trash.take(workspace)
-            if layer is not None:
-                await copy_tree(str(self._layers.path(layer)), str(workspace), self._place.uid)
-            else:
-                self._make_empty(workspace)
+            try:
+                await self._clear()
+            except BaseException:
+                self._storage.layers.leave(layer)
+                raise
+            self._workspace = await self._storage.make(self._place, layer, for_layer=for_layer)
             self._box = await Box.start(self._blueprint, self._place, network=network)
         except (SlotServerError, OSError) as error:
             self._trouble = str(error)
             raise
-        self._layer, self._network = layer, network
+        self._network = network
         self._memory_kills = self._place.group.kills()
         if self._closing:
             await self._box.kill("the server stops")
 
-    def _make_empty(self, workspace: Path) -> None:
-        workspace.mkdir(mode=0o700)
-        if self._place.uid is None:
-            return
+    async def _clear(self) -> None:
+        """Kill what is in the box and give the workspace back."""
+        box, self._box = self._box, None
+        workspace, self._workspace = self._workspace, None
+        frozen, self._frozen = self._frozen, None
         try:
-            os.chown(workspace, self._place.uid, self._place.uid)
-        except OSError as error:
-            # Root of a container or user namespace that knows a few users only.
-            raise BoxError(f"root cannot become user {self._place.uid} here ({error.strerror}); be an ordinary user") from error
+            if box is not None:
+                await box.kill("the slot was reset")
+        finally:
+            if workspace is not None:
+                self._storage.discard(workspace)
+            self._storage.layers.leave(frozen)
 
     def _check_lease(self, lease: str | None) -> None:
         if self._closing:
@@ -310,6 +266,11 @@ class Slot:
         if not self._box.alive:
             raise self._failure(self._box.verdict)
         return self._box
+
+    def _require_workspace(self) -> Workspace:
+        if self._workspace is None:
+            raise self._failure(self._trouble)
+        return self._workspace
 
     def _failure(self, reason: str) -> RequestError:
         if self._closing:

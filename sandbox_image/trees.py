@@ -8,12 +8,16 @@ import os
 import secrets
 import shutil
 import stat
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+from sandbox_image import linux
 from sandbox_image.errors import SlotServerError
 
 _NAMES_PER_PASS = 10_000
 _OPEN_LEVELS = 64
+_SAID_BYTES = 65536
 
 
 class TreeCopyError(SlotServerError):
@@ -120,21 +124,68 @@ async def copy_tree(source: str, target: str, owner: int | None) -> None:
         await _run("chown", "-hR", f"{owner}:{owner}", "--", target)
 
 
-async def _run(*argv: str) -> None:
+async def copy_files(source: str, target: str, descriptors: Sequence[int]) -> None:
+    """Copy a directory to a path where nothing is yet, with all that an overlay has noted in it: owners, devices, attributes.
+
+    Paths may lead through `/proc/self/fd` if their descriptors are given.
+
+    Raises:
+        TreeCopyError: as `copy_tree`.
+    """
+    kept = "--preserve=mode,ownership,timestamps,links,xattr"
+    await _run("cp", "-dR", kept, "--reflink=auto", "-T", "--", source, target, descriptors=descriptors)
+
+
+async def disk_usage(directory: Path) -> int:
+    """The bytes that a directory takes on disk with all that is in it; what cannot be read is not counted.
+
+    Raises:
+        TreeCopyError: `du` failed.
+    """
+    said = await _run("du", "-sx", "--block-size=1", "--", str(directory), tolerated=(1,))
+    return int(said.split(b"\t", 1)[0] or b"0")
+
+
+async def _run(*argv: str, descriptors: Sequence[int] = (), tolerated: Sequence[int] = ()) -> bytes:
+    """Run a program; what it prints."""
     # Nothing may write into a data directory any more when the server is gone.
     command = ["setpriv", "--pdeathsig", "KILL", *argv]
     missing = next((program for program in (command[0], argv[0]) if shutil.which(program) is None), None)
     if missing is not None:
         raise TreeCopyError(f"{missing} is not installed")
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
+    outputs = [os.memfd_create(name) for name in ("said", "complaint")]
     try:
-        _, complaint = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
-        await process.wait()
-        raise
-    if process.returncode != 0:
+        process = _start(command, outputs, descriptors)
+        try:
+            await _ended(process)
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        finally:
+            status = process.wait()
+        said, complaint = (os.pread(output, _SAID_BYTES, 0) for output in outputs)
+    finally:
+        for output in outputs:
+            os.close(output)
+    if status != 0 and status not in tolerated:
         lines = complaint.decode(errors="replace").strip().splitlines()
-        raise TreeCopyError(lines[0] if lines else f"{argv[0]} ended with status {process.returncode}")
+        raise TreeCopyError(lines[0] if lines else f"{argv[0]} ended with status {status}")
+    return said
+
+
+def _start(command: Sequence[str], outputs: Sequence[int], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    # Some of the files may be closed even to whom they belong.
+    with linux.rights(inherited=True):
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=outputs[0], stderr=outputs[1], pass_fds=descriptors)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

@@ -21,6 +21,7 @@ from backends.errors import (
     SandboxProtocolError,
     SandboxUnavailableError,
     SlotLostError,
+    SnapshotError,
 )
 from sandbox_image.protocol import (
     ArtifactArchiveRequest,
@@ -123,6 +124,7 @@ EXPECTED = {
     ErrorKind.TOO_LARGE: (SandboxProtocolError, ArtifactTooLargeError),
     ErrorKind.SLOT_FAILED: (SlotLostError, SlotLostError),
     ErrorKind.SHUTTING_DOWN: (SandboxUnavailableError, SandboxUnavailableError),
+    ErrorKind.NO_ROOM: (SnapshotError, SnapshotError),
 }
 
 

@@ -49,8 +49,13 @@ class RunningServer:
         return self.directory / "data"
 
     def workspace(self, slot: int = 0) -> Path:
-        """Where a slot's workspace is on the host."""
-        return self.data / "slots" / f"slot_{slot}" / "root" / "workspace"
+        """Where a slot's workspace is, by a path that works from outside of the server's mount namespace."""
+        tail = f"/slot_{slot}/root/workspace"
+        mounts = Path(f"/proc/{self.process.pid}/mountinfo").read_text().splitlines()
+        [mounted] = [point for point in (line.split()[4] for line in mounts) if point.endswith(tail)] or [
+            f"{self.data}/slots{tail}"
+        ]
+        return Path(f"/proc/{self.process.pid}/root{mounted}")
 
     def processes(self) -> list[int]:
         """The server and everything below it."""

@@ -58,6 +58,8 @@ async def test_what_cannot_be_read(api: Api) -> None:
 async def test_device_files_are_not_read(api: Api, server: RunningServer) -> None:
     if os.geteuid() != 0:
         pytest.skip("making a device file needs root")
+    if os.stat(f"/proc/{server.process.pid}").st_uid != 0:
+        pytest.skip("nobody can make a device file in a workspace that an ordinary user has mounted")
     os.mknod(server.workspace() / "zero", 0o20666, os.makedev(1, 5))
     assert (await ask(api, "read", path="zero"))[0] == 403
     result = await api.tool("read_file", {"path": "zero"})

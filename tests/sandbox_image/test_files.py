@@ -148,7 +148,7 @@ async def test_a_name_that_keeps_changing_leads_nowhere(api: Api) -> None:
 
 async def test_a_full_disk_is_an_error_that_loses_nothing() -> None:
     with open_directory() as directory:
-        command = [*on_small_disk(directory, 8), *server_command(directory, slots=1)]
+        command = [*on_small_disk(directory, 8), *server_command(directory, "--workspaces-on-disk", slots=1)]
         server = launch(command, directory)
         api = Api.over(server)
         async with api.session:

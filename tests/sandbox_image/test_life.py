@@ -43,6 +43,8 @@ async def make_busy(server: RunningServer, marker: str) -> None:
     """Leave a slot with a tree that is hard to remove and a command that runs."""
     api = Api.over(server)
     async with api.session:
+        # Such a workspace lies on disk.
+        await api.reset(for_layer=True)
         await api.output(NASTY)
         body = json.dumps(
             {"slot_id": "slot_1", "tool": "bash", "args": {"command": BUSY.format(marker=marker)}, "timeout": 600}
@@ -125,7 +127,7 @@ async def test_boxes_die_with_a_killed_server_and_the_next_one_cleans_up(marker:
         first.process.kill()
         first.process.wait()
         assert eventually(lambda: not [pid for pid in below if alive(pid)] and not someone_runs(marker))
-        assert first.workspace().exists()
+        assert os.listdir(first.data / "layers")
         if other_user:
             # There only if the interpreter lies where that user cannot go.
             shutil.rmtree(directory / "python", ignore_errors=True)
