@@ -5,6 +5,7 @@
     ├── DatasetError              a task set cannot be read; the message names the file or the column
     ├── NothingCollectedError     a run ended without a single trajectory
     ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
+    ├── RecordingError            a terminal recording is not what its format says; the message names the line
     ├── TaskBuildError            a package or tree cannot be made into tasks
     └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
         └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
@@ -34,6 +35,10 @@ class NothingCollectedError(HermesEnvsError):
 
 class EnvironmentBuildError(HermesEnvsError):
     """The environment of a task cannot be built; the task is set aside and reported, never scored."""
+
+
+class RecordingError(HermesEnvsError):
+    """A terminal recording is not what its format says; the message names the line."""
 
 
 class TaskBuildError(HermesEnvsError):

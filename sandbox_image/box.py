@@ -126,6 +126,9 @@ class Box:
         try:
             control.setblocking(False)
             os.set_blocking(output, False)
+            if place.uid is not None:
+                # The right to open /dev/stdout and /dev/stderr is that to the pipe's inode, which would be ours alone.
+                os.fchown(their_output, place.uid, place.uid)
             # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
             control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             process = subprocess.Popen(

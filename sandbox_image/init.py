@@ -170,6 +170,9 @@ class Init:
         try:
             if len(self._kept) >= MOST_KEPT:
                 raise BlockingIOError(0, "too many kept commands")
+            if cwd:
+                # The keeper goes there, but has nobody to complain to.
+                os.close(os.open(cwd, os.O_PATH | os.O_DIRECTORY))
             pid = os.fork()
             if pid == 0:
                 self._be_keeper(cwd, variables, command, descriptors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import posixpath
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sandbox_image.box import Box
@@ -57,6 +58,12 @@ class OutputBuffer:
         if len(self._tail) > 2 * self._tail_limit:
             del self._tail[: -self._tail_limit]
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._head.clear()
+        self._tail.clear()
+        self.total = 0
+
     @property
     def truncated(self) -> bool:
         """Whether something was dropped."""
@@ -80,11 +87,8 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
         ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
         BoxError: the box died.
     """
-    command = _encoded("command", arguments.command)
-    cwd = b"" if arguments.cwd is None else _relative_to_workspace(arguments.cwd)
-    variables = [_variable(name, value) for name, value in (arguments.env or {}).items()]
-    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
-        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
+    command = encoded("command", arguments.command)
+    cwd, variables = relative_to_workspace(arguments.cwd), variables_of(arguments.env)
     buffer = OutputBuffer(arguments.max_output_bytes)
     start = time.monotonic()
     end = await box.run(command, buffer.write, timeout_s, cwd=cwd, variables=variables)
@@ -109,7 +113,12 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
     )
 
 
-def _encoded(what: str, text: str) -> bytes:
+def encoded(what: str, text: str) -> bytes:
+    """A text as the bytes that a program gets.
+
+    Raises:
+        ToolError: it holds what no argument can.
+    """
     if "\0" in text:
         raise ToolError(f"{what}: contains a NUL character")
     try:
@@ -118,14 +127,33 @@ def _encoded(what: str, text: str) -> bytes:
         raise ToolError(f"{what}: contains a lone surrogate at character {error.start}, which is not text") from error
 
 
-def _variable(name: str, value: str) -> bytes:
-    if not name or "=" in name:
-        raise ToolError(f"env: {name!r} cannot be the name of a variable")
-    return _encoded(f"env: {name!r}", f"{name}={value}")
+def variables_of(env: Mapping[str, str] | None) -> list[bytes]:
+    """Environment variables as `NAME=value`.
+
+    Raises:
+        ToolError: a name or value that cannot be one, or too much of them.
+    """
+    variables = [_variable(name, value) for name, value in (env or {}).items()]
+    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
+        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
+    return variables
 
 
-def _relative_to_workspace(path: str) -> bytes:
+def relative_to_workspace(path: str | None) -> bytes:
+    """A directory as the box takes it; None is the workspace.
+
+    Raises:
+        ToolError: it is outside of the workspace.
+    """
+    if path is None:
+        return b""
     whole = posixpath.normpath(posixpath.join(WORKSPACE, path))
     if whole != WORKSPACE and not whole.startswith(f"{WORKSPACE}/"):
         raise ToolError(f"cwd: {path} is outside of the workspace")
-    return _encoded("cwd", posixpath.relpath(whole, WORKSPACE))
+    return encoded("cwd", posixpath.relpath(whole, WORKSPACE))
+
+
+def _variable(name: str, value: str) -> bytes:
+    if not name or "=" in name:
+        raise ToolError(f"env: {name!r} cannot be the name of a variable")
+    return encoded(f"env: {name!r}", f"{name}={value}")

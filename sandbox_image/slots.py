@@ -28,17 +28,21 @@ from sandbox_image.protocol import (
     SlotState,
 )
 from sandbox_image.shell import BashArguments, bash
+from sandbox_image.stateful import BashStatefulArguments
 from sandbox_image.storage import Storage, Workspace
+from sandbox_image.terminals import TerminalArguments, Terminals
 from sandbox_image.trees import TreeCopyError
 from sandbox_image.workspace import WorkspaceFiles
 
-TOOLS: dict[str, type[BashArguments] | type[ReadFileArguments] | type[WriteFileArguments]] = {
+Arguments = BashArguments | TerminalArguments | ReadFileArguments | WriteFileArguments
+
+TOOLS: dict[str, type[Arguments]] = {
     "bash": BashArguments,
+    "bash_stateful": BashStatefulArguments,
     "read_file": ReadFileArguments,
     "write_file": WriteFileArguments,
 }
 
-Arguments = BashArguments | ReadFileArguments | WriteFileArguments
 ArtifactRequest = ArtifactReadRequest | ArtifactListRequest | ArtifactArchiveRequest
 Request = TypeVar("Request", bound=ArtifactRequest)
 Answer = TypeVar("Answer", ArtifactContent, ArtifactListing, ArtifactArchive)
@@ -74,6 +78,7 @@ class Slot:
         self._storage = storage
         self._files = WorkspaceFiles(place)
         self._box: Box | None = None
+        self._terminals: Terminals | None = None
         self._trouble = "it has not started"
         self._turn = asyncio.Lock()
         self._resets = asyncio.Lock()
@@ -205,9 +210,14 @@ class Slot:
             await self._clear()
 
     async def _call(self, box: Box, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
+        timeout_s = DEFAULT_TIMEOUT_S if request.timeout is None else request.timeout
+        sandboxed = self._blueprint.isolation != "none"
+        if isinstance(arguments, TerminalArguments):
+            if self._terminals is None:
+                self._terminals = Terminals(box, self._place.uid, sandboxed=sandboxed)
+            return await self._terminals.execute(arguments, timeout_s)
         if isinstance(arguments, BashArguments):
-            timeout_s = DEFAULT_TIMEOUT_S if request.timeout is None else request.timeout
-            return await bash(box, arguments, timeout_s, sandboxed=self._blueprint.isolation != "none")
+            return await bash(box, arguments, timeout_s, sandboxed=sandboxed)
         if isinstance(arguments, ReadFileArguments):
             return await asyncio.to_thread(read_file, self._files, arguments)
         return await asyncio.to_thread(write_file, self._files, arguments)
@@ -246,10 +256,13 @@ class Slot:
         box, self._box = self._box, None
         workspace, self._workspace = self._workspace, None
         frozen, self._frozen = self._frozen, None
+        terminals, self._terminals = self._terminals, None
         try:
             if box is not None:
                 await box.kill("the slot was reset")
         finally:
+            if terminals is not None:
+                terminals.close()
             if workspace is not None:
                 self._storage.discard(workspace)
             self._storage.layers.leave(frozen)

@@ -91,4 +91,10 @@ def _describe(result: ExecutionResult) -> str:
     notes = [f"[{result.error}]"] if result.error else []
     if not result.error and exit_code:
         notes.append(f"[exit code {exit_code}]")
+    if result.metadata.get("shell_restarted"):
+        notes.insert(0, "[this ran in a fresh shell, since the one before had ended]")
+    if result.metadata.get("shell_ended"):
+        notes.append("[the shell has ended with its state and its background jobs; the next command gets a fresh one]")
+    if background := result.metadata.get("background_output"):
+        notes.append(f"[meanwhile from background jobs]\n{background}".rstrip("\n"))
     return "\n".join([part for part in (result.output.rstrip("\n"), *notes) if part]) or "[no output]"

@@ -45,6 +45,10 @@ def _run_command(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall
     return "bash", {"command": arguments["command"], "cwd": workspace.cwd, "env": workspace.env}
 
 
+def _run_in_shell(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
+    return "bash_stateful", {"command": arguments["command"], "cwd": workspace.cwd, "env": workspace.env}
+
+
 def _read_file(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
     return "read_file", {"path": posixpath.join(workspace.cwd, arguments["path"])}
 
@@ -64,6 +68,13 @@ _COMMAND = _object(
     },
     ["command"],
 )
+_SHELL_COMMAND = _object(
+    {
+        "command": {"type": "string", "description": "The command line, run by bash."},
+        "timeout": {"type": "number", "exclusiveMinimum": 0, "description": "Seconds after which it is interrupted."},
+    },
+    ["command"],
+)
 _PATH = {"type": "string", "description": "A path in the workspace, absolute or relative to the working directory."}
 
 BUILTIN_TOOLS = {
@@ -78,6 +89,18 @@ BUILTIN_TOOLS = {
                 _run_command,
             )
             for name in ("terminal", "bash")
+        ),
+        *(
+            Tool(
+                name,
+                "Run one command in a bash shell that lasts for the whole task, and return its output. Directory, variables, "
+                "functions, virtual environments and background jobs last from one call to the next. Standard input is empty. "
+                "A command that takes too long is interrupted like by Ctrl-C; put servers into the background with `&`. What "
+                "background jobs print is shown with the next call; `exit` ends the shell, and the next call gets a fresh one.",
+                _SHELL_COMMAND,
+                _run_in_shell,
+            )
+            for name in ("terminal_stateful", "bash_stateful")
         ),
         Tool("read_file", "Return the content of a text file.", _object({"path": _PATH}, ["path"]), _read_file),
         Tool(

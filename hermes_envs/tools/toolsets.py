@@ -19,8 +19,10 @@ class Toolsets:
             "terminal": ("terminal",),
             "bash": ("bash",),
             "filesystem": ("read_file", "write_file"),
-            "sandbox": ("terminal", "filesystem"),
-            "default": ("sandbox",),
+            "terminal_stateful": ("terminal_stateful",),
+            "bash_stateful": ("bash_stateful",),
+            "sandbox": ("terminal", "filesystem", "terminal_stateful"),
+            "default": ("terminal", "filesystem"),
             "full": ("sandbox",),
         }
     )

@@ -18,7 +18,7 @@ async def workspace() -> AsyncIterator[Workspace]:
 
 
 def executor(**options: float) -> ToolExecutor:
-    return ToolExecutor(Toolsets().resolve(["default", "bash"]), ToolOptions.model_validate(options))
+    return ToolExecutor(Toolsets().resolve(["default", "bash", "terminal_stateful"]), ToolOptions.model_validate(options))
 
 
 def call(name: str, arguments: object, id: str = "call-1") -> ToolCall:
@@ -47,6 +47,26 @@ async def test_the_working_directory_and_variables_of_the_workspace_are_used(wor
     await run.execute(workspace, call("write_file", {"path": "er/x", "content": "here"}))
     assert await workspace.read("deep/er/x") == b"here"
     assert (await run.execute(workspace, call("read_file", {"path": "/workspace/deep/er/x"}))).content == "here"
+
+
+async def test_the_stateful_shell_tells_what_became_of_it(workspace: Workspace) -> None:
+    await workspace.run("mkdir -p /workspace/deep")
+    workspace.cwd, workspace.env = "/workspace/deep", {"COLOUR": "blue"}
+    run = executor()
+
+    async def said(command: str, **arguments: float) -> str:
+        return (await run.execute(workspace, call("terminal_stateful", {"command": command, **arguments}))).content
+
+    assert await said("pwd; echo $COLOUR; cd /tmp; COLOUR=red") == "/workspace/deep\nblue"
+    assert await said("(sleep 0.1; echo late) & pwd; echo $COLOUR") == "/tmp\nred"
+    assert await said("sleep 0.3; echo mine") == "mine\n[meanwhile from background jobs]\nlate"
+    interrupted = await said("sleep 60", timeout=0.2)
+    assert interrupted == "[timed out after 0.2 s; the command was interrupted, the shell goes on]"
+    assert await said("pwd; exit 3") == (
+        "/tmp\n[exit status 3]\n[the shell has ended with its state and its background jobs; the next command gets a fresh one]"
+    )
+    assert await said("pwd") == "/workspace/deep\n[this ran in a fresh shell, since the one before had ended]"
+    assert await said("pwd") == "/workspace/deep"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,12 @@ def test_default_has_terminal_and_files() -> None:
     assert list(Toolsets().resolve(["default"])) == ["terminal", "read_file", "write_file"]
 
 
+def test_the_stateful_shell_has_two_names() -> None:
+    assert list(Toolsets().resolve(["terminal_stateful", "bash_stateful"])) == ["terminal_stateful", "bash_stateful"]
+    assert "terminal_stateful" in Toolsets().resolve(["sandbox"])
+    assert "terminal_stateful" in Toolsets().resolve(["full"])
+
+
 def test_disabled_toolsets_take_away_what_others_include() -> None:
     assert list(Toolsets().resolve(["default"], ["filesystem"])) == ["terminal"]
 

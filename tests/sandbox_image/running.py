@@ -254,6 +254,10 @@ class Api:
         """Run a command; its result."""
         return await self.tool("bash", {"command": command, **args}, timeout=timeout)
 
+    async def stateful(self, command: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+        """Run a command in the shell that keeps its state; its result."""
+        return await self.tool("bash_stateful", {"command": command, **args}, timeout=timeout)
+
     async def output(self, command: str, **args: Any) -> str:
         """The output of a command that must succeed."""
         result = await self.bash(command, **args)

@@ -20,6 +20,12 @@ async def test_output_is_one_stream_in_order(api: Api) -> None:
     assert (metadata["output_bytes"], metadata["sandboxed"]) == (14, True)
 
 
+async def test_output_can_be_opened_by_name(api: Api) -> None:
+    assert (
+        await api.output("echo one > /dev/stderr; echo two > /dev/stdout; echo three > /proc/self/fd/2") == "one\ntwo\nthree\n"
+    )
+
+
 async def test_exit_status(api: Api) -> None:
     failed = await api.bash("exit 3")
     assert (failed["success"], failed["error"], failed["metadata"]["exit_code"]) == (False, "exit status 3", 3)

@@ -1,0 +1,82 @@
+"""Pipes that programs in a box open by name, again for each use.
+
+A program in the box holds the read end only; whoever is to write opens `/proc/PID/fd/N` of that program, which gives an open
+end of its own: nobody can make it non-blocking for the next writer, and when the last writer is gone the stream ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+_READ_BYTES = 65536
+
+
+class NamedPipe:
+    """A pipe whose read end the server holds, and the sink of what comes out of it while somebody writes."""
+
+    def __init__(self, uid: int | None) -> None:
+        self.read_end, write_end = os.pipe()
+        os.close(write_end)
+        os.set_blocking(self.read_end, False)
+        if uid is not None:
+            # The right to open it by name is that to its inode, which is ours otherwise.
+            os.fchown(self.read_end, uid, uid)
+        self._write_end: int | None = None
+        self._sink: Callable[[bytes], None] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody may still write."""
+        return self._sink is not None
+
+    def open(self, sink: Callable[[bytes], None]) -> None:
+        """Give what is written from now on to `sink`, and stay with it whether somebody writes or not."""
+        # Without any writer a pipe is at its end, which the loop would report again and again.
+        if self._write_end is None:
+            self._write_end = os.open(f"/proc/self/fd/{self.read_end}", os.O_WRONLY)
+        if self._sink is None:
+            asyncio.get_running_loop().add_reader(self.read_end, self._on_readable)
+        self._sink = sink
+
+    def drain(self) -> None:
+        """Take what is in it now."""
+        while self._take():
+            pass
+
+    def leave(self, sink: Callable[[bytes], None]) -> None:
+        """Give what comes later to another sink, until the last writer has closed it: then it is not in use any more."""
+        self._sink = sink
+        self._close_write_end()
+        self.drain()
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._sink is not None:
+            asyncio.get_running_loop().remove_reader(self.read_end)
+        self._sink = None
+        self._close_write_end()
+        os.close(self.read_end)
+
+    def _on_readable(self) -> None:
+        self._take()
+
+    def _take(self) -> bool:
+        if self._sink is None:
+            return False
+        try:
+            chunk = os.read(self.read_end, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if chunk:
+            self._sink(chunk)
+            return True
+        asyncio.get_running_loop().remove_reader(self.read_end)
+        self._sink = None
+        return False
+
+    def _close_write_end(self) -> None:
+        if self._write_end is not None:
+            os.close(self._write_end)
+            self._write_end = None
