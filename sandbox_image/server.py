@@ -118,6 +118,11 @@ class SlotServer:
             return _failed(RequestError(ErrorKind.BAD_REQUEST, str(error)))
 
     def _authorize(self, request: web.BaseRequest) -> None:
+        if "Origin" in request.headers:
+            # A page that somebody on this machine looks at may send requests to any port of it.
+            raise RequestError(
+                ErrorKind.BAD_REQUEST, "the header 'Origin' says that a web page asks; none may"
+            )
         if self._authorization is None:
             return
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")

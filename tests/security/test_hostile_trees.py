@@ -1,0 +1,75 @@
+"""Attacks by trees of files that resist their removal, and on the name of the workspace."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sandbox_image.running import Api, open_directory
+from tests.security.field import Field, become
+from tests.security.table import still_works
+
+LIST, ARCHIVE = "/artifacts/list", "/artifacts/archive"
+
+TREES = {
+    "a deep tree": "python3 -c \"import os\nfor _ in range(2000): os.mkdir('d'); os.chdir('d')\"",
+    "closed directories": "mkdir -p a/b/c; touch a/b/c/file; chmod 0 a/b/c a/b a",
+    "names that are not text": "mkdir \"$(printf 'a\\377\\nb')\"; touch \"$(printf 'a\\377\\nb/-rf')\" ./-rf ./--",
+    "very many files": "mkdir many; cd many; seq 1 2000 | xargs touch",
+    "a closed workspace": "touch file; chmod 0 .",
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+async def test_a_tree_that_resists_its_removal(field: Field, name: str) -> None:
+    """The next trajectory gets an empty workspace at once, whatever the last one left behind."""
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        assert (await api.bash(TREES[name]))["success"]
+        for route in (LIST, ARCHIVE):
+            status, answer = await api.post(
+                route, {"slot_id": "slot_0", "recursive": True} if route == LIST else {"slot_id": "slot_0"}
+            )
+            assert status in (200, 403, 413), answer
+        start = time.monotonic()
+        await api.reset()
+        assert time.monotonic() - start < 3
+        assert await api.output("ls -A | wc -l; touch new; echo $?") == "0\n0\n"
+
+
+@pytest.mark.parametrize("name", ["a deep tree", "closed directories"])
+def test_the_usual_removal_gives_up(field: Field, name: str) -> None:
+    """The control of the test above."""
+    with open_directory(other_user=True) as directory:
+        place = directory / "tree"
+        as_nobody = become(65534) if Path("/proc/self").stat().st_uid == 0 else []
+        subprocess.run([*as_nobody, "sh", "-c", f"mkdir {place} && cd {place} && {TREES[name]}"], check=True)
+        remove = "import shutil, sys; sys.setrecursionlimit(1000); shutil.rmtree(sys.argv[1])"
+        done = subprocess.run(
+            [*as_nobody, "/usr/bin/python3", "-I", "-c", remove, str(place)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0, done
+        assert place.exists()
+
+
+async def test_the_workspace_itself_replaced(field: Field) -> None:
+    """The name of the workspace does not come to mean another directory."""
+    place = field.new_directory(None)
+    (place / "workspace").mkdir()
+    (place / "workspace").rmdir()
+    (place / "workspace").symlink_to(field.grounds)
+    assert (place / "workspace" / "secret").read_text() == field.flag
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        replaced = await api.bash(
+            f"cd /; rm -rf /workspace; mv /workspace /tmp/w; ln -s {field.grounds} /workspace; rmdir /workspace"
+        )
+        assert not replaced["success"]
+        status, answer = await api.post("/artifacts/read", {"slot_id": "slot_0", "path": "secret"})
+        assert (status, field.flag in str(answer)) == (404, False)
+    await still_works(field)

@@ -1,0 +1,209 @@
+"""Attacks by processes: outliving a call, hanging it, and taking all there are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from tests.sandbox_image.running import Api, eventually
+from tests.security.attack import Attack, python, takes
+from tests.security.field import Field
+from tests.security.sites import BoxWithout, Outside
+from tests.security.table import each, hold, still_works
+
+_DAEMON = """
+def daemon(seconds, work):
+    "Leave the call behind: its session, its parent, its signals, its descriptors."
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for number in range(1, 65):
+                try:
+                    signal.signal(number, signal.SIG_IGN)
+                except (OSError, ValueError):
+                    pass
+            os.closerange(0, 100)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                work()
+        os._exit(0)
+    os.wait()
+"""
+
+
+ATTACKS = [
+    Attack(
+        "standard output kept open", "delays the answer for ever", "sleep 1.5 & echo done", Outside(), takes(1.4), timeout_s=8
+    ),
+    Attack(
+        "standard output kept open by a daemon",
+        "delays the answer for ever",
+        python("""
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(1.5)
+            os._exit(0)
+        judge(False)
+        """),
+        Outside(),
+        takes(1.4),
+        timeout_s=8,
+    ),
+]
+
+
+@each(ATTACKS)
+async def test_attack(field: Field, attack: Attack) -> None:
+    await hold(field, attack)
+
+
+async def outlived(api: Api, command: str) -> bool:
+    """Whether what a command has started goes on afterwards: it touches `alive` again and again."""
+    await api.bash(command)
+    await api.output("rm -f alive")
+    await asyncio.sleep(0.15)
+    return (await api.bash("test -e alive"))["success"]
+
+
+async def outlives_outside(field: Field, command: str) -> bool:
+    place = field.new_directory(None)
+    place.chmod(0o777)
+    await Outside(directory=place).strike(Attack("", "", command, Outside(), timeout_s=0.8), field)
+    (place / "alive").unlink(missing_ok=True)
+    return await asyncio.to_thread(eventually, (place / "alive").exists, 3.0)
+
+
+TOUCH = "open('alive', 'w').close(); time.sleep(0.02)"
+SURVIVORS = {
+    "a background job": "(for i in $(seq 150); do touch alive; sleep 0.02; done) > /dev/null 2>&1 &",
+    "a session of its own": "setsid sh -c 'for i in $(seq 150); do touch alive; sleep 0.02; done' > /dev/null 2>&1 &",
+    "a daemon": python(f"daemon(3, lambda: exec({TOUCH!r}))", _DAEMON),
+    "a daemon under another name": python(f"""
+        libc.prctl(15, b"kthreadd", 0, 0, 0)
+        daemon(3, lambda: exec({TOUCH!r}))
+        """, _DAEMON),
+    "a stopped process that wakes up": python("""
+        def work():
+            open("alive", "w").close()
+            if os.fork() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.05)
+        daemon(1, work)
+        """, _DAEMON),
+    "a process that forks away from its killer": python("""
+        # Each is alive for a moment only: who kills those that he has seen in a list always comes too late.
+        if os.fork() == 0:
+            os.setsid()
+            os.closerange(0, 100)
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                open("alive", "w").close()
+                if os.fork():
+                    os._exit(0)
+        """),
+    "a child of a subreaper": python(f"""
+        libc.prctl(36, 1, 0, 0, 0)
+        daemon(3, lambda: exec({TOUCH!r}))
+        """, _DAEMON),
+    "a traced process": python(f"""
+        def work():
+            {TOUCH}
+        if os.fork() == 0:
+            libc.ptrace(0, 0, 0, 0)
+            daemon(3, work)
+        """, _DAEMON),
+}  # fmt: skip
+
+
+async def test_outliving_a_call(field: Field) -> None:
+    """What a stateless call has started is gone when it answers."""
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        controls = await asyncio.gather(*(outlives_outside(field, command) for command in SURVIVORS.values()))
+        assert dict(zip(SURVIVORS, controls, strict=True)) == dict.fromkeys(SURVIVORS, True)
+        for name, command in SURVIVORS.items():
+            assert not await outlived(api, command), name
+
+
+async def test_a_command_that_does_not_want_to_end(field: Field) -> None:
+    """A polite request to end is ignored; being killed is not a choice."""
+    stubborn = "trap '' TERM INT HUP QUIT PIPE ALRM; while :; do sleep 0.05; done"
+    control = await asyncio.create_subprocess_exec("sh", "-c", stubborn, start_new_session=True)
+    await asyncio.sleep(0.2)
+    control.terminate()
+    await asyncio.sleep(0.2)
+    assert control.returncode is None
+    control.kill()
+    await control.wait()
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        for command in (stubborn, f"({stubborn}) & kill -STOP $$", "exec 0<&- 1>&- 2>&-; while :; do :; done"):
+            start = time.monotonic()
+            result = await api.bash(command, timeout=0.3)
+            assert (result["metadata"]["timeout"], result["success"]) == (True, False)
+            assert time.monotonic() - start < 4
+        assert await api.output("ls -d /proc/[0-9]* | wc -l") < "6"
+
+
+FORK = python(
+    """
+    count = 0
+    try:
+        while count < int(os.environ["BOUND"]):
+            if libc.fork() == 0:
+                libc.pause()
+                os._exit(0)
+            count += 1
+            if ctypes.get_errno() == errno.EAGAIN:
+                break
+    finally:
+        judge(count >= int(os.environ["BOUND"]), count)
+        os.killpg(0, signal.SIGKILL)
+    """
+)
+
+
+async def test_too_many_processes(field: Field) -> None:
+    """A fork bomb ends at the limit of its own slot, and the other slot does not notice."""
+    bound = 1100
+    attack = Attack("a fork bomb", "takes all processes", f"export BOUND={bound}; {FORK}", Outside(), timeout_s=20)
+    control = await Outside().strike(attack, field)
+    assert "BREACH" in control.text
+    one, two = Api.over(field.server), Api.over(field.server)
+    two.slot = "slot_1"
+    async with one.session, two.session:
+        await one.reset()
+        await two.reset()
+        assert (await one.get("/health"))[1]["limits"]["rlimit_nproc"] < bound
+        bomb = asyncio.create_task(one.bash("f() { f | f & }; f; f; f; while :; do sleep 1; done", timeout=1.5))
+        await asyncio.sleep(0.7)
+        assert await two.output("echo fine; (sleep 0 & wait); ls | wc -l") == "fine\n0\n"
+        assert (await bomb)["metadata"]["timeout"]
+        assert await one.output("echo fine") == "fine\n"
+        counted = await one.bash(attack.script)
+        assert "BREACH" not in counted["output"]
+        assert await one.output("ls -d /proc/[0-9]* | wc -l") < "6"
+
+
+async def test_zombies_do_not_pile_up(field: Field) -> None:
+    """Dead children that nobody waits for count as processes; PID 1 has to take them."""
+    orphans = "for i in $(seq 200); do (sh -c : &) ; done; sleep 0.3; "
+    count = "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l"
+    # The control: a PID 1 that does not care.
+    careless = BoxWithout(added=("--as-pid-1",))
+    control = await careless.strike(
+        Attack("", "", "exec " + python(f"""
+            import subprocess
+            subprocess.run(["sh", "-c", {orphans!r}])
+            print(subprocess.run(["sh", "-c", {count!r}], capture_output=True, text=True).stdout)
+            """), careless), field)  # fmt: skip
+    assert int(control.text) > 100
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        for _ in range(3):
+            assert int((await api.output(orphans + count)).split()[-1]) < 20
+        assert int(await api.output(count)) == 0
+    await still_works(field)
