@@ -6,7 +6,7 @@ import uuid
 from abc import abstractmethod
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from backends.base import BackendStats, Layer, Slot, ToolBackend
 from backends.client import SlotServerClient
@@ -14,6 +14,7 @@ from backends.dispatch import Dispatcher
 from backends.errors import SandboxUnavailableError
 from backends.pool import SlotPool
 from backends.sandbox import Sandbox
+from sandbox_image.defences import REMEDIES
 from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
@@ -55,6 +56,18 @@ class PoolOptions(BaseModel):
         4 * 1024**3, ge=LEAST_MEMORY_BYTES, description="Memory of a slot; of each process where there are no control groups."
     )
     slot_processes: int = Field(1024, ge=LEAST_PROCESSES, description="Most processes of a slot, threads included.")
+    required_defences: list[str] = Field(
+        default_factory=list,
+        description="Defences without which no sandbox starts, beside the basics of isolation; see `hermes-envs doctor`.",
+    )
+
+    @field_validator("required_defences")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        unknown = [name for name in names if name not in REMEDIES]
+        if unknown:
+            raise ValueError(f"there is no defence {unknown[0]!r}; there are {', '.join(REMEDIES)}")
+        return names
 
     def server_arguments(self) -> list[str]:
         """What these options mean on the command line of a slot server."""
@@ -64,6 +77,8 @@ class PoolOptions(BaseModel):
             arguments.append("--workspaces-on-disk")
         if self.layer_bytes is not None:
             arguments += ["--layer-bytes", str(self.layer_bytes)]
+        for name in self.required_defences:
+            arguments += ["--require", name]
         return arguments
 
 

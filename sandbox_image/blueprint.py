@@ -90,6 +90,7 @@ class Blueprint:
     shown: tuple[str, ...]
     prefix: str
     compiled_init: bool
+    required: tuple[str, ...]
     bubblewrap: str = ""
     options: frozenset[str] = field(default_factory=frozenset)
     seccomp_filter: bytes | None = None
@@ -103,9 +104,11 @@ class Blueprint:
         groups: ControlGroups,
         *,
         keep: Sequence[str] = (),
+        required: Sequence[str] = (),
     ) -> Blueprint:
         """Look at the machine and make everything reachable that boxes show.
 
+        Boxes without a defence that is `required` do not start.
         Puts what boxes need into `data_dir/slots`. Must run before the process has a second thread.
 
         Raises:
@@ -125,9 +128,18 @@ class Blueprint:
             stage = Stage.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
         else:
             stage = Stage.plain(trees)
-        seccomp_filter = None if isolation == "none" else seccomp.filter_of_this_machine()
         return cls(
-            isolation, slots_directory, stage, groups, tuple(trees[1:]), prefix, compiled, bubblewrap, options, seccomp_filter
+            isolation=isolation,
+            slots_directory=slots_directory,
+            stage=stage,
+            groups=groups,
+            shown=tuple(trees[1:]),
+            prefix=prefix,
+            compiled_init=compiled,
+            required=tuple(required),
+            bubblewrap=bubblewrap,
+            options=options,
+            seccomp_filter=None if isolation == "none" else seccomp.filter_of_this_machine(),
         )
 
     def place(self, index: int) -> Place:
@@ -184,7 +196,8 @@ class Blueprint:
     @property
     def tmpfs_bytes(self) -> dict[str, int]:
         """The sizes of the places of `TMPFS_BYTES`: not so large that files, which no kill frees, could use up the memory."""
-        share = min(1.0, self.groups.limits.memory_bytes / (2 * sum(TMPFS_BYTES.values())))
+        # The workspace may have the half.
+        share = min(1.0, 0.45 * self.groups.limits.memory_bytes / sum(TMPFS_BYTES.values()))
         return {path: int(size * share) for path, size in TMPFS_BYTES.items()}
 
     def staged(self, path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.cgroups import SlotGroup
+from sandbox_image.defences import Defence, check_required, inspect, read_limits
 from sandbox_image.errors import BoxError, ToolError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 
@@ -83,6 +84,9 @@ class Box:
     _exited: asyncio.Future[None]
     _contained: bool
     _group: SlotGroup
+    defences: dict[str, Defence] = field(default_factory=dict)
+    """What was found when it started."""
+    _init: int | None = None
     _init_fd: int | None = None
     _call: _Call | None = None
     _orders: int = 0
@@ -104,9 +108,7 @@ class Box:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 facts = await box._hello
-            flaw = None if blueprint.isolation == "none" else _flaw(facts, place, network)
-            if flaw is not None:
-                raise BoxError(f"the box is not closed: {flaw}")
+            box._check(blueprint, place, facts, network)
         except TimeoutError:
             await box.kill("it did not start in time")
             raise BoxError(f"no box after {START_TIMEOUT_S:.0f} s") from None
@@ -171,6 +173,20 @@ class Box:
         loop.add_reader(output, box._on_output)
         loop.add_reader(exit_fd, box._on_exit)
         return box
+
+    def _check(self, blueprint: Blueprint, place: Place, facts: dict[str, str], network: bool) -> None:
+        """Look for the defences of a box that has just started, before it gets a command."""
+        if self._init is None:
+            raise BoxError("the kernel does not tell which process its init is")
+        try:
+            limits = read_limits(self._init)
+        except OSError as error:
+            raise BoxError(f"its limits cannot be read: {error.strerror}") from error
+        self.defences = inspect(blueprint, place, facts, limits)
+        shared = ("namespaces", "no_network") if network else ()
+        check_required(self.defences, [name for name in blueprint.required if name not in shared])
+        if facts["Box-Workspace"] != "1":
+            raise BoxError("it cannot write its workspace")
 
     @property
     def alive(self) -> bool:
@@ -383,9 +399,9 @@ class Box:
             return
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                pid = _CREDENTIALS.unpack_from(payload)[0]
-                self._init_fd = os.pidfd_open(pid)
-                self._limit(pid)
+                self._init = _CREDENTIALS.unpack_from(payload)[0]
+                self._init_fd = os.pidfd_open(self._init)
+                self._limit(self._init)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         loop.add_reader(self._control, self._on_message)
         if not self._hello.done():
@@ -484,19 +500,3 @@ async def _readable(descriptor: int) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(descriptor)
-
-
-def _flaw(facts: dict[str, str], place: Place, network: bool) -> str | None:
-    """What is wrong with a box that reports these facts (see `sandbox_image.init.facts`); None if it holds."""
-    uid = int(facts["Uid"].split()[0])
-    flaws = {
-        "it keeps capabilities": int(facts["CapEff"], 16) != 0,
-        "it can gain privileges": facts["NoNewPrivs"] != "1",
-        "it runs as root": uid == 0,
-        "it runs as another user": place.uid is not None and uid != place.uid,
-        "it sees other processes": facts["Pid"] != "1" or facts["Namespace-pid"] == os.readlink("/proc/self/ns/pid"),
-        f"it can write {facts['Box-Writable']}": facts["Box-Writable"].strip() != "",
-        "it cannot write its workspace": facts["Box-Workspace"] != "1",
-        f"its network interfaces are {facts['Box-Interfaces']}": not network and facts["Box-Interfaces"].split() != ["lo+"],
-    }
-    return next((flaw for flaw, found in flaws.items() if found), None)

@@ -3,6 +3,7 @@
 SlotServerError               everything below; the text is one line for a person
 ├── StartupError              the server cannot run here; the text says why and what would help
 ├── BoxError                  a box does not start, does not answer or died
+│   └── MissingDefenceError   it runs, but is not closed
 ├── RequestError              a request that cannot be served; carries its `ErrorKind`
 └── ToolError                 the arguments or the files of a tool call are at fault: an unsuccessful result
     └── OutsideWorkspaceError a path leads out of the workspace
@@ -23,6 +24,10 @@ class StartupError(SlotServerError):
 
 class BoxError(SlotServerError):
     """A box does not start, does not answer or died."""
+
+
+class MissingDefenceError(BoxError):
+    """A box runs without a defence that is required; the text names the defence and the remedy."""
 
 
 class RequestError(SlotServerError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from sandbox_image.blueprint import Isolation
+from sandbox_image.defences import BASICS, REMEDIES
 from sandbox_image.errors import StartupError
 from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES
 from sandbox_image.storage import StorageOptions
@@ -32,6 +33,7 @@ class Options:
     memory_bytes: int
     processes: int
     storage: StorageOptions
+    required: tuple[str, ...]
 
     @classmethod
     def parse(cls, argv: list[str]) -> Options:
@@ -52,10 +54,15 @@ class Options:
         parser.add_argument("--die-with-parent", action="store_true", help="stop when standard input ends")
         parser.add_argument("--memory-bytes", type=int, default=4 * 1024**3, help="of a slot, its files in memory included")
         parser.add_argument("--processes", type=int, default=1024, help="of a slot, threads included")
-        parser.add_argument("--workspace-bytes", type=int, default=WORKSPACE_BYTES, help="what a slot may write")
+        parser.add_argument(
+            "--workspace-bytes", type=int, default=WORKSPACE_BYTES, help="what a slot may write; at most half of its memory"
+        )
         parser.add_argument("--workspace-inodes", type=int, default=WORKSPACE_INODES, help="how many files it may make")
         parser.add_argument("--workspaces-on-disk", action="store_true", help="not in memory; their size is not limited then")
         parser.add_argument("--layer-bytes", type=int, help="room for layers; half of the free disk")
+        parser.add_argument(
+            "--require", action="append", default=[], metavar="DEFENCE", choices=list(REMEDIES), help="stop if it is missing"
+        )
         given = parser.parse_args(argv)
         if not 1 <= given.slots <= 4096:
             parser.error("--slots must be between 1 and 4096")
@@ -65,7 +72,10 @@ class Options:
             parser.error(f"--processes must be at least {LEAST_PROCESSES}")
         if given.port is None and given.unix_socket is None:
             parser.error("give --port, --unix-socket or both")
-        storage = StorageOptions(given.workspace_bytes, given.workspace_inodes, given.workspaces_on_disk, given.layer_bytes)
+        # Files in memory count as memory, and no kill frees them.
+        most = given.workspace_bytes if given.workspaces_on_disk else given.memory_bytes // 2
+        workspace_bytes = min(given.workspace_bytes, most)
+        storage = StorageOptions(workspace_bytes, given.workspace_inodes, given.workspaces_on_disk, given.layer_bytes)
         if min(storage.workspace_bytes, storage.layer_bytes or 1) < 1 or storage.workspace_inodes < 100:
             parser.error("--workspace-bytes and --layer-bytes must be at least 1, --workspace-inodes at least 100")
         return cls(
@@ -81,6 +91,7 @@ class Options:
             memory_bytes=given.memory_bytes,
             processes=given.processes,
             storage=storage,
+            required=(*(() if given.isolation == "none" else BASICS), *given.require),
         )
 
 

@@ -265,7 +265,11 @@ class SlotState(Wire):
 
 @dataclass(frozen=True)
 class Health(Wire):
-    """What the server is and which defences hold. `isolation` is `bubblewrap` or `none`; `limits` names what is enforced."""
+    """What the server is and which defences hold.
+
+    `isolation` is `bubblewrap` or `none`; `limits` names what is enforced; `defences` has, by name, an object with `holds`
+    (bool) and `detail` (str: what was seen in a running box, or what takes the place of a missing defence).
+    """
 
     status: str
     version: int
@@ -275,6 +279,7 @@ class Health(Wire):
     data_dir: str
     uptime_s: float
     limits: dict[str, Any] = field(default_factory=dict)
+    defences: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

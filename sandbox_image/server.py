@@ -2,7 +2,7 @@
 
     python -m sandbox_image.server --host H --port P --slots N --data-dir D [--token-file F] [--unix-socket S]
                                    [--read-only PATH ...] [--isolation bubblewrap|none] [--die-with-parent]
-                                   [--memory-bytes N] [--processes N]
+                                   [--memory-bytes N] [--processes N] [--require DEFENCE ...]
 
 Routes and messages are those of `sandbox_image.protocol`. When it listens it prints one line of JSON,
 `{"ready": true, "port": P, "unix_socket": S, "version": V}`; if it cannot run it prints one line that says why, on standard
@@ -32,7 +32,8 @@ from sandbox_image import artifacts
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.datadir import DataDir
-from sandbox_image.errors import BoxError, RequestError, SlotServerError, StartupError
+from sandbox_image.defences import BUBBLEWRAP_REMEDY, DISK, check_required
+from sandbox_image.errors import BoxError, MissingDefenceError, RequestError, SlotServerError, StartupError
 from sandbox_image.executions import ExecutionLog
 from sandbox_image.options import Options
 from sandbox_image.protocol import (
@@ -56,11 +57,6 @@ from sandbox_image.protocol import (
 from sandbox_image.slots import Slot, check_call
 from sandbox_image.storage import Storage
 
-REMEDY = (
-    "bubblewrap needs user namespaces: sysctl kernel.unprivileged_userns_clone=1 and "
-    "kernel.apparmor_restrict_unprivileged_userns=0; in Docker run the container with --security-opt seccomp=unconfined "
-    "--security-opt systempaths=unconfined; or give up isolation with --isolation none"
-)
 MAX_EXECUTION_ID_CHARACTERS = 1024
 _JSON_HEADERS = {"Content-Type": "application/json"}
 _NDJSON = "application/x-ndjson"
@@ -120,9 +116,7 @@ class SlotServer:
     def _authorize(self, request: web.BaseRequest) -> None:
         if "Origin" in request.headers:
             # A page that somebody on this machine looks at may send requests to any port of it.
-            raise RequestError(
-                ErrorKind.BAD_REQUEST, "the header 'Origin' says that a web page asks; none may"
-            )
+            raise RequestError(ErrorKind.BAD_REQUEST, "the header 'Origin' says that a web page asks; none may")
         if self._authorization is None:
             return
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
@@ -215,6 +209,8 @@ class SlotServer:
         return _json({"layers": self._storage.layers.names()})
 
     async def _health(self, request: web.BaseRequest) -> web.Response:
+        # They are the same in all slots, whose boxes differ in their names alone.
+        defences = next(iter(self._slots.values())).defences | {DISK: self._storage.defence()}
         health = Health(
             status="ok",
             version=VERSION,
@@ -224,6 +220,7 @@ class SlotServer:
             data_dir=str(self._data_dir),
             uptime_s=round(time.monotonic() - self._start, 3),
             limits=self._blueprint.limits() | self._storage.limits(),
+            defences={name: vars(defence) for name, defence in defences.items()},
         )
         return _json(health.to_json())
 
@@ -277,6 +274,7 @@ async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint, plac
     server = SlotServer(slots, storage, blueprint, data_dir.path, options.token)
     runner = web.ServerRunner(server.listener(), shutdown_timeout=2.0)
     try:
+        check_required({DISK: storage.defence()}, options.required)
         await _start_all(slots.values())
         await runner.setup()
         port = await _listen(runner, options)
@@ -316,8 +314,10 @@ def _stop_event(options: Options) -> asyncio.Event:
 async def _start_all(slots: Iterable[Slot]) -> None:
     endings = await asyncio.gather(*(slot.start() for slot in slots), return_exceptions=True)
     for ending in endings:
+        if isinstance(ending, MissingDefenceError):
+            raise StartupError(str(ending)) from ending
         if isinstance(ending, BoxError | OSError):
-            raise StartupError(f"{ending}. {REMEDY}") from ending
+            raise StartupError(f"{ending}. {BUBBLEWRAP_REMEDY}") from ending
         if ending is not None:
             raise ending
 
@@ -356,7 +356,9 @@ def main() -> int:
             keep = [options.unix_socket] if options.unix_socket is not None else []
             limits = GroupLimits(options.memory_bytes, options.processes)
             groups = ControlGroups.prepare(Hierarchy.find(), data_dir.groups, limits, options.slots)
-            blueprint = Blueprint.prepare(options.isolation, data_dir.path, options.read_only, groups, keep=keep)
+            blueprint = Blueprint.prepare(
+                options.isolation, data_dir.path, options.read_only, groups, keep=keep, required=options.required
+            )
             places = [blueprint.place(index) for index in range(options.slots)]
             storage = Storage.prepare(data_dir, blueprint, places, options.storage)
             asyncio.run(_serve(options, data_dir, blueprint, places, storage))

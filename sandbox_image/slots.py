@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.box import Box
+from sandbox_image.defences import Defence
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, ToolError
 from sandbox_image.files import ReadFileArguments, WriteFileArguments, read_file, write_file
 from sandbox_image.layers import Layer
@@ -88,6 +89,8 @@ class Slot:
         self._network = False
         self._closing = False
         self._memory_kills = place.group.kills()
+        self.defences: dict[str, Defence] = {}
+        """What was found when its box started."""
 
     def state(self) -> SlotState:
         """What it is at the moment."""
@@ -246,6 +249,7 @@ class Slot:
         except (SlotServerError, OSError) as error:
             self._trouble = str(error)
             raise
+        self.defences = self._box.defences
         self._network = network
         self._memory_kills = self._place.group.kills()
         if self._closing:

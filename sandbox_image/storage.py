@@ -11,6 +11,7 @@ from typing import Any
 from sandbox_image import linux
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.datadir import DataDir
+from sandbox_image.defences import Defence
 from sandbox_image.errors import BoxError, RequestError, StartupError
 from sandbox_image.layers import FILES, Layer, Layers
 from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES, ErrorKind
@@ -97,6 +98,13 @@ class Storage:
         options = self._options
         quota = {"workspace_bytes": options.workspace_bytes, "workspace_inodes": options.workspace_inodes}
         return enforced | {"workspaces": "memory"} | quota
+
+    def defence(self) -> Defence:
+        """Whether slots are kept from filling the disk."""
+        limits = self.limits()
+        if limits["workspaces"] == "disk":
+            return Defence(False, str(limits["workspaces_are_unlimited_because"]))
+        return Defence(True, f"{limits['workspace_bytes']} bytes and {limits['workspace_inodes']} files in memory")
 
     async def make(self, place: Place, layer: Layer | None, *, for_layer: bool) -> Workspace:
         """A new workspace that starts from a layer; `leave`s the layer when it is discarded, or cannot be made.
