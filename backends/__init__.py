@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from backends.base import BackendStats, Layer, Slot, ToolBackend
+from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.errors import (
     AcquireTimeoutError,
     ArtifactError,
@@ -41,6 +41,7 @@ __all__ = [
     "SandboxUnavailableError",
     "Slot",
     "SlotLostError",
+    "Snapshot",
     "SnapshotError",
     "ToolBackend",
     "create_tool_backend",

@@ -40,6 +40,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """The files of a slot as they were at a moment, kept in its sandbox until they are discarded."""
+
+    sandbox_id: str
+    name: str
+
+
+@dataclass(frozen=True)
 class BackendStats:
     """A moment of a backend: counts of sandboxes and slots, and of what went wrong since the start."""
 
@@ -84,10 +92,13 @@ class ToolBackend(ABC):
         """Give everything back; `purge` also removes what could serve a later start. May be called twice."""
 
     @abstractmethod
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None) -> Slot:
-        """Wait for a free slot with a fresh workspace, that starts from `layer` if there is one.
+    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
+        """Wait for a free slot with a fresh workspace, that starts from `layer` or `start_from` if there is one.
+
+        A slot that starts from a snapshot is one of the sandbox that has it.
 
         Raises:
+            SnapshotError: the snapshot is gone.
             AcquireTimeoutError: none became free within `acquire_timeout_s`.
             SandboxUnavailableError: there is no sandbox, and none could be started.
             Exception: whatever `layer.build` raised.
@@ -101,13 +112,29 @@ class ToolBackend(ABC):
         """
 
     @abstractmethod
-    async def reset(self, slot: Slot, *, layer: Layer | None = None) -> None:
+    async def reset(self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> None:
         """Kill everything in the slot and give it a new box and workspace; `slot.lease` is renewed in place.
 
         Raises:
+            SnapshotError: the snapshot is gone, or in another sandbox than the slot.
             SlotLostError, SandboxUnavailableError: as for `execute`.
             Exception: whatever `layer.build` raised.
         """
+
+    @abstractmethod
+    async def snapshot(self, slot: Slot) -> Snapshot:
+        """Keep a copy of the slot's files, to start other slots of its sandbox from; the slot goes on.
+
+        Waits for the calls that run in the slot. What runs there beside calls may be caught half-way through a file.
+
+        Raises:
+            SnapshotError: there is no room for it.
+            SlotLostError, SandboxUnavailableError: as for `execute`.
+        """
+
+    @abstractmethod
+    async def discard(self, snapshot: Snapshot) -> None:
+        """Delete a snapshot. Slots that started from it go on. Never raises for one that is gone."""
 
     @abstractmethod
     async def execute(self, slot: Slot, tool: str, args: dict[str, Any], *, timeout_s: float | None = None) -> ExecutionResult:
@@ -171,9 +198,11 @@ class ToolBackend(ABC):
         """Counts for logs and metrics."""
 
     @asynccontextmanager
-    async def slot(self, trajectory_id: str, *, layer: Layer | None = None) -> AsyncIterator[Slot]:
+    async def slot(
+        self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None
+    ) -> AsyncIterator[Slot]:
         """Hold a slot for the length of a block; it comes back on success, failure, timeout and cancellation."""
-        slot = await self.acquire(trajectory_id, layer=layer)
+        slot = await self.acquire(trajectory_id, layer=layer, start_from=start_from)
         try:
             yield slot
         finally:

@@ -32,6 +32,7 @@ from sandbox_image.protocol import (
     ArtifactListing,
     ArtifactListRequest,
     ArtifactReadRequest,
+    DeleteLayerRequest,
     ExecutionResult,
     FreezeRequest,
     Health,
@@ -99,6 +100,13 @@ def _deadlines(calls: Sequence[EncodedCall], start: float) -> list[float]:
         ends[call.slot_id] = ends.get(call.slot_id, start) + call.timeout_s
         deadlines.append(ends[call.slot_id])
     return deadlines
+
+
+def _names(answer: object) -> list[str]:
+    names = read_list(answer, "layers")
+    if not all(isinstance(name, str) for name in names):
+        raise SandboxProtocolError("the server's answer names a layer by something that is not a string")
+    return names
 
 
 class SlotServerClient:
@@ -195,10 +203,15 @@ class SlotServerClient:
 
     async def layers(self) -> list[str]:
         """Names of the frozen layers."""
-        names = read_list(await self._control("/layers", repeatable=True), "layers")
-        if not all(isinstance(name, str) for name in names):
-            raise SandboxProtocolError("the server's answer names a layer by something that is not a string")
-        return names
+        return _names(await self._control("/layers", repeatable=True))
+
+    async def delete_layer(self, request: DeleteLayerRequest) -> list[str]:
+        """Delete a layer; names of the others.
+
+        Raises:
+            MissingError: there is no such layer.
+        """
+        return _names(await self._control("/layers/delete", request))
 
     async def health(self) -> Health:
         """What the server is and which defences hold."""

@@ -8,8 +8,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backends.base import Layer, Slot
-from backends.errors import AcquireTimeoutError, SandboxError, SandboxProtocolError, SandboxUnavailableError, SlotLostError
+from backends.base import Layer, Slot, Snapshot
+from backends.codec import MissingError
+from backends.errors import (
+    AcquireTimeoutError,
+    SandboxError,
+    SandboxProtocolError,
+    SandboxUnavailableError,
+    SlotLostError,
+    SnapshotError,
+)
 from backends.sandbox import Sandbox
 from sandbox_image.protocol import FreezeRequest, ResetRequest
 
@@ -17,6 +25,9 @@ RESET_BACKOFF_S = (0.1, 10.0)
 """First and longest pause before a slot that could not be reset is tried again."""
 
 _log = logging.getLogger(__name__)
+
+Start = Layer | Snapshot | None
+"""What a workspace starts from; None is nothing."""
 
 
 @dataclass(eq=False)
@@ -30,6 +41,17 @@ class _Place:
     @property
     def key(self) -> tuple[str, str]:
         return self.sandbox.sandbox_id, self.slot_id
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """Somebody who waits for a slot: for any, or for one of a sandbox."""
+
+    place: asyncio.Future[_Place]
+    sandbox_id: str | None = None
+
+    def takes(self, place: _Place) -> bool:
+        return not self.place.done() and self.sandbox_id in (None, place.sandbox.sandbox_id)
 
 
 class SlotPool:
@@ -50,7 +72,7 @@ class SlotPool:
         self._sandboxes: dict[str, Sandbox] = {}
         self._free: deque[_Place] = deque()
         self._lent: dict[tuple[str, str], tuple[Slot, _Place]] = {}
-        self._waiters: deque[asyncio.Future[_Place]] = deque()
+        self._waiters: list[_Waiter] = []
         self._resets: set[asyncio.Task[None]] = set()
         self._last_failure: SandboxError | None = None
         self._closed = False
@@ -86,14 +108,17 @@ class SlotPool:
         self._sandboxes.pop(sandbox.sandbox_id, None)
         self._free = deque(place for place in self._free if place.sandbox is not sandbox)
         self._lent = {key: entry for key, entry in self._lent.items() if entry[1].sandbox is not sandbox}
+        for waiter in self._waiters:
+            if waiter.sandbox_id == sandbox.sandbox_id and not waiter.place.done():
+                waiter.place.set_exception(_gone(sandbox.sandbox_id))
         sandbox.dispatcher.fail(error)
 
     def fail(self, error: SandboxError) -> None:
         """There is no sandbox to be had: all who wait get `error`. Later ones wait, and cause demand, again."""
-        waiters, self._waiters = self._waiters, deque()
+        waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
+            if not waiter.place.done():
+                waiter.place.set_exception(error)
 
     async def close(self) -> None:
         """Send away all who wait and stop resetting; the sandboxes are the backend's to end."""
@@ -106,17 +131,15 @@ class SlotPool:
             task.cancel()
         await asyncio.gather(*resets, return_exceptions=True)
 
-    async def acquire(self, trajectory_id: str, layer: Layer | None) -> Slot:
+    async def acquire(self, trajectory_id: str, start: Start) -> Slot:
         """As `ToolBackend.acquire`. Time spent on building a layer does not count as waiting."""
         deadline = asyncio.get_running_loop().time() + self._acquire_timeout_s
         while True:
-            place = await self._take(layer, deadline)
+            place = await self._take(start, deadline)
             slot = Slot(place.sandbox.sandbox_id, place.slot_id, trajectory_id, place.lease or "")
             self._lent[place.key] = (slot, place)
             try:
-                if layer is not None:
-                    await self._ensure_layer(place.sandbox, slot, layer)
-                if (layer is None and place.lease is not None) or await self._freshen(place.sandbox, slot, layer):
+                if (start is None and place.lease is not None) or await self._freshen(place.sandbox, slot, start):
                     return slot
             except BaseException:
                 self.release(slot)
@@ -138,12 +161,18 @@ class SlotPool:
         else:
             self._offer(place)
 
-    async def reset(self, slot: Slot, layer: Layer | None) -> None:
+    async def reset(self, slot: Slot, start: Start) -> None:
         """As `ToolBackend.reset`."""
         sandbox = self.sandbox_of(slot)
-        if layer is not None:
-            await self._ensure_layer(sandbox, slot, layer)
-        slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer, network=self._network)
+        if isinstance(start, Snapshot) and start.sandbox_id != sandbox.sandbox_id:
+            raise SnapshotError(f"the snapshot is in {start.sandbox_id}, the slot in {sandbox.sandbox_id}")
+        failure = await self._reset_to(sandbox, slot, start, network=self._network)
+        if failure is not None:
+            raise failure
+
+    def sandbox(self, sandbox_id: str) -> Sandbox | None:
+        """A sandbox, if it is alive."""
+        return self._sandboxes.get(sandbox_id)
 
     def sandbox_of(self, slot: Slot) -> Sandbox:
         """The sandbox of a lent slot.
@@ -156,36 +185,41 @@ class SlotPool:
             raise SlotLostError(f"{slot.slot_id} of {slot.sandbox_id} does not belong to {slot.trajectory_id} any more")
         return lent[1].sandbox
 
-    async def _take(self, layer: Layer | None, deadline: float) -> _Place:
+    async def _take(self, start: Start, deadline: float) -> _Place:
         if self._closed:
             raise SandboxUnavailableError("the backend was stopped")
-        if self._free:
-            return self._pick(layer)
+        place = self._pick(start)
+        if place is not None:
+            return place
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[_Place] = loop.create_future()
+        waiter = _Waiter(loop.create_future(), start.sandbox_id if isinstance(start, Snapshot) else None)
         self._waiters.append(waiter)
-        timer = loop.call_at(deadline, self._expire, waiter)
-        self._on_demand()
+        timer = loop.call_at(deadline, self._expire, waiter.place)
+        if waiter.sandbox_id is None:
+            self._on_demand()
         try:
-            return await waiter
+            return await waiter.place
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            if waiter.place.done() and not waiter.place.cancelled() and waiter.place.exception() is None:
                 # The slot came in the same moment as the cancellation.
-                self._offer(waiter.result())
+                self._offer(waiter.place.result())
             raise
         finally:
             timer.cancel()
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    def _pick(self, layer: Layer | None) -> _Place:
-        """A free slot, rather one of a sandbox that has the layer."""
-        if layer is not None:
-            for place in self._free:
-                if layer.name in place.sandbox.layers:
-                    self._free.remove(place)
-                    return place
-        return self._free.popleft()
+    def _pick(self, start: Start) -> _Place | None:
+        """A free slot: of the sandbox that has the snapshot, or rather one of a sandbox that has the layer."""
+        place = next((place for place in self._free if _has(place.sandbox, start)), None)
+        if isinstance(start, Snapshot):
+            if start.sandbox_id not in self._sandboxes:
+                raise _gone(start.sandbox_id)
+        elif place is None and self._free:
+            place = self._free[0]
+        if place is not None:
+            self._free.remove(place)
+        return place
 
     def _expire(self, waiter: asyncio.Future[_Place]) -> None:
         if not waiter.done():
@@ -201,11 +235,11 @@ class SlotPool:
         """A slot is free: it goes to whoever has waited longest."""
         if place.sandbox.sandbox_id not in self._sandboxes:
             return
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(place)
-                return
+        waiter = next((waiter for waiter in self._waiters if waiter.takes(place)), None)
+        if waiter is not None:
+            self._waiters.remove(waiter)
+            waiter.place.set_result(place)
+            return
         self._free.append(place)
 
     def _recycle(self, place: _Place) -> None:
@@ -228,34 +262,68 @@ class SlotPool:
                 self._offer(place)
                 return
 
-    async def _freshen(self, sandbox: Sandbox, slot: Slot, layer: Layer | None) -> bool:
+    async def _freshen(self, sandbox: Sandbox, slot: Slot, start: Start) -> bool:
         """Reset a slot that is about to be handed out; False if it cannot be used."""
-        try:
-            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer, network=self._network)
-        except SandboxError as error:
-            self._last_failure = error
-            _log.warning("%s of %s cannot be reset: %s", slot.slot_id, slot.sandbox_id, error)
+        failure = await self._reset_to(sandbox, slot, start, network=self._network)
+        if failure is not None:
+            self._last_failure = failure
+            _log.warning("%s of %s cannot be reset: %s", slot.slot_id, slot.sandbox_id, failure)
             return False
         # The sandbox may have been removed while the answer was on its way.
         return (slot.sandbox_id, slot.slot_id) in self._lent
 
-    async def _ensure_layer(self, sandbox: Sandbox, slot: Slot, layer: Layer) -> None:
+    async def _reset_to(
+        self, sandbox: Sandbox, slot: Slot, start: Start, *, network: bool, for_layer: bool = False
+    ) -> SandboxError | None:
+        """Reset a slot, to a layer that is built if the sandbox has it not, or not any more; returns why that failed.
+
+        Raises:
+            SnapshotError: there is no such snapshot.
+            Exception: whatever a build raised.
+        """
+        while True:
+            build = await self._ensure_layer(sandbox, slot, start) if isinstance(start, Layer) else None
+            try:
+                name = None if start is None else start.name
+                slot.lease = await self._reset(sandbox, slot.slot_id, layer=name, network=network, for_layer=for_layer)
+            except MissingError as error:
+                if not isinstance(start, Layer):
+                    raise SnapshotError(f"the snapshot is gone: {error}") from error
+                # Deleted to make room for others since it was built.
+                sandbox.layers.forget(start.name, build)
+            except SandboxError as error:
+                return error
+            else:
+                return None
+
+    async def _ensure_layer(self, sandbox: Sandbox, slot: Slot, layer: Layer) -> object:
         async def build() -> None:
-            if layer.base is not None:
-                await self._ensure_layer(sandbox, slot, layer.base)
-            slot.lease = await self._reset(sandbox, slot.slot_id, layer=layer.base, network=True, for_layer=True)
+            failure = await self._reset_to(sandbox, slot, layer.base, network=True, for_layer=True)
+            if failure is not None:
+                raise failure
             await layer.build(slot)
             await sandbox.client.freeze(FreezeRequest(slot.slot_id, layer.name, lease=slot.lease))
 
-        await sandbox.layers.ensure(layer.name, build)
+        return await sandbox.layers.ensure(layer.name, build)
 
     @staticmethod
     async def _reset(
-        sandbox: Sandbox, slot_id: str, *, layer: Layer | None = None, network: bool, for_layer: bool = False
+        sandbox: Sandbox, slot_id: str, *, layer: str | None = None, network: bool, for_layer: bool = False
     ) -> str:
         """The slot's new lease."""
-        request = ResetRequest(slot_id, layer=None if layer is None else layer.name, network=network, for_layer=for_layer)
+        request = ResetRequest(slot_id, layer=layer, network=network, for_layer=for_layer)
         state = await sandbox.client.reset(request)
         if state.slot_id != slot_id:
             raise SandboxProtocolError(f"asked to reset {slot_id}, the server reset another slot")
         return state.lease
+
+
+def _has(sandbox: Sandbox, start: Start) -> bool:
+    """Whether a slot of the sandbox is the right one to start there."""
+    if isinstance(start, Snapshot):
+        return sandbox.sandbox_id == start.sandbox_id
+    return start is None or start.name in sandbox.layers
+
+
+def _gone(sandbox_id: str) -> SnapshotError:
+    return SnapshotError(f"the snapshot was in {sandbox_id}, which is gone")

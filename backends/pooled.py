@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from backends.base import BackendStats, Layer, Slot, ToolBackend
+from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.client import SlotServerClient
+from backends.codec import MissingError
 from backends.dispatch import Dispatcher
 from backends.errors import SandboxUnavailableError
 from backends.pool import SlotPool
@@ -29,8 +31,10 @@ from sandbox_image.protocol import (
     ArtifactListing,
     ArtifactListRequest,
     ArtifactReadRequest,
+    DeleteLayerRequest,
     ExecuteRequest,
     ExecutionResult,
+    FreezeRequest,
 )
 
 
@@ -119,18 +123,31 @@ class PooledBackend(ToolBackend):
             raise SandboxUnavailableError("the backend is not running")
         return self._pool
 
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None) -> Slot:
+    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
         """See `ToolBackend.acquire`."""
-        return await self._running_pool().acquire(trajectory_id, layer)
+        return await self._running_pool().acquire(trajectory_id, _start(layer, start_from))
 
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """See `ToolBackend.release`. The reset goes on in the background."""
         if self._pool is not None:
             self._pool.release(slot, reset_workspace=reset_workspace)
 
-    async def reset(self, slot: Slot, *, layer: Layer | None = None) -> None:
+    async def reset(self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> None:
         """See `ToolBackend.reset`."""
-        await self._running_pool().reset(slot, layer)
+        await self._running_pool().reset(slot, _start(layer, start_from))
+
+    async def snapshot(self, slot: Slot) -> Snapshot:
+        """See `ToolBackend.snapshot`."""
+        snapshot = Snapshot(slot.sandbox_id, f"snapshot-{uuid.uuid4().hex}")
+        await self._sandbox_of(slot).client.freeze(FreezeRequest(slot.slot_id, snapshot.name, lease=slot.lease, snapshot=True))
+        return snapshot
+
+    async def discard(self, snapshot: Snapshot) -> None:
+        """See `ToolBackend.discard`."""
+        sandbox = None if self._pool is None else self._pool.sandbox(snapshot.sandbox_id)
+        if sandbox is not None:
+            with suppress(MissingError, SandboxUnavailableError):
+                await sandbox.client.delete_layer(DeleteLayerRequest(snapshot.name))
 
     async def execute(self, slot: Slot, tool: str, args: dict[str, Any], *, timeout_s: float | None = None) -> ExecutionResult:
         """See `ToolBackend.execute`."""
@@ -185,3 +202,9 @@ class PooledBackend(ToolBackend):
         if pool is None:
             return BackendStats(0, 0, 0, 0, self._sandbox_restarts)
         return BackendStats(pool.sandboxes, pool.slots, pool.in_use, pool.waiting, self._sandbox_restarts)
+
+
+def _start(layer: Layer | None, start_from: Snapshot | None) -> Layer | Snapshot | None:
+    if layer is not None and start_from is not None:
+        raise ValueError("a workspace starts from a layer or from a snapshot, not from both")
+    return layer if start_from is None else start_from

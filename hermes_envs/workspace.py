@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from backends.base import Layer, Slot, ToolBackend
+from backends.base import Layer, Slot, Snapshot, ToolBackend
 from sandbox_image.protocol import MAX_ARTIFACT_BYTES, WORKSPACE, ExecutionResult
 
 
@@ -36,9 +36,13 @@ class Workspace:
         content = await self.backend.read_artifact(self.slot, path, encoding="base64", max_bytes=max_bytes)
         return base64.b64decode(content.content)
 
-    async def reset(self, layer: Layer | None) -> None:
-        """Kill everything in the slot and start again from the layer."""
-        await self.backend.reset(self.slot, layer=layer)
+    async def reset(self, layer: Layer | None = None, *, start_from: Snapshot | None = None) -> None:
+        """Kill everything in the slot and start again from the layer or the snapshot."""
+        await self.backend.reset(self.slot, layer=layer, start_from=start_from)
+
+    async def snapshot(self) -> Snapshot:
+        """Keep a copy of the files, from which other slots of the sandbox can start, until it is discarded."""
+        return await self.backend.snapshot(self.slot)
 
 
 def explain(result: ExecutionResult) -> str:

@@ -210,7 +210,8 @@ def interpreter_of_nobody(directory_of_nobody: Path) -> Path:
 
 def test_the_suite_as_an_ordinary_user(interpreter_of_nobody: Path, directory_of_nobody: Path) -> None:
     """The conformance suite again, in a process without any privilege."""
-    suites = [Path(__file__).with_name("test_conformance.py"), Path(__file__).with_name("test_recovery.py")]
+    names = ("test_conformance.py", "test_recovery.py", "test_workspaces.py")
+    suites = [Path(__file__).with_name(name) for name in names]
     # Of the slow cases, those that depend on who the user is.
     chosen = "not again and not start and not batching and not while_waiting"
     options = [

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from backends.base import Layer, Slot
+from backends.base import Layer, Slot, Snapshot
 from backends.dispatch import Dispatcher
-from backends.errors import AcquireTimeoutError, SandboxUnavailableError, SlotLostError
+from backends.errors import AcquireTimeoutError, SandboxUnavailableError, SlotLostError, SnapshotError
 from backends.pool import SlotPool
 from backends.sandbox import Sandbox
 
@@ -82,6 +82,34 @@ async def test_a_layer_draws_its_users_to_its_sandbox(lying_server: Start) -> No
     assert again.sandbox_id == home.sandbox_id
     elsewhere = await house.pool.acquire("trajectory", layer)
     assert elsewhere.sandbox_id != home.sandbox_id
+    await house.pool.close()
+
+
+async def test_a_slot_that_starts_from_a_snapshot_is_of_its_sandbox(lying_server: Start) -> None:
+    house = House(lying_server)
+    await house.add("first", 1)
+    second, _ = await house.add("second", 1)
+    snapshot = Snapshot("second", "name")
+    held = await house.pool.acquire("trajectory", snapshot)
+    assert held.sandbox_id == "second"
+    waiter = asyncio.create_task(house.pool.acquire("trajectory", snapshot))
+    await asyncio.sleep(0.05)
+    assert (waiter.done(), house.demand) == (False, 0), "a slot of the first is free, and another sandbox would not help"
+    impatient = asyncio.create_task(house.pool.acquire("trajectory", None))
+    other = await impatient
+    assert other.sandbox_id == "first"
+    last = asyncio.create_task(house.pool.acquire("trajectory", None))
+    await asyncio.sleep(0.05)
+    # Those who wait get what they can use, the first of them first.
+    house.pool.release(other)
+    assert (await last).sandbox_id == "first"
+    house.pool.release(held)
+    assert (await waiter).sandbox_id == "second"
+    waiter = asyncio.create_task(house.pool.acquire("trajectory", snapshot))
+    await asyncio.sleep(0.05)
+    house.pool.remove(second, SlotLostError("it died"))
+    with pytest.raises(SnapshotError, match="second, which is gone"):
+        await waiter
     await house.pool.close()
 
 
