@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,14 +172,36 @@ def on_small_disk(directory: Path, megabytes: int) -> list[str]:
     return [*IN_OWN_MOUNTS, "sh", "-c", script, "sh", str(megabytes), str(directory / "data"), sys.executable]
 
 
+def on_overlay(directory: Path) -> list[str]:
+    """How a command line begins for a server whose data lies on an overlay, as in a container; skips where that cannot be."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting an overlay for a whole server needs root")
+    script = 'mount -t overlay -o "lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work" none "$1/data" && shift && exec "$@"'
+    for name in ("lower", "upper", "work", "data"):
+        (directory / name).mkdir()
+    return [*IN_OWN_MOUNTS, "sh", "-c", script, "sh", str(directory), sys.executable]
+
+
+def without_the_right_to_mount(directory: Path) -> list[str]:
+    """How a command line begins for a server that is root, but may not mount."""
+    # The interpreter is put where everybody can reach it; then the right is dropped.
+    prefix = as_other_user(directory)
+    index = prefix.index("setpriv")
+    return [*prefix[:index], "setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", prefix[-1]]
+
+
 @contextmanager
-def running(*options: str, slots: int = 2, other_user: bool = False) -> Iterator[RunningServer]:
+def running(
+    *options: str, slots: int = 2, other_user: bool = False, within: Callable[[Path], list[str]] | None = None
+) -> Iterator[RunningServer]:
     """A server for a while; afterwards neither a process of it nor its data may be left.
+
+    `within` gives the beginning of its command line, in place of the interpreter alone.
 
     That of another user runs the init's Python loop, the other one the compiled loop if there is one: both are tested.
     """
     with open_directory(other_user=other_user) as directory:
-        prefix = as_other_user(directory) if other_user else [sys.executable]
+        prefix = as_other_user(directory) if other_user else [sys.executable] if within is None else within(directory)
         checkout = without_compiled_loop(directory) if other_user else ROOT
         server = launch([*prefix, *server_command(directory, *options, slots=slots)], directory, checkout=checkout)
         try:
@@ -190,7 +212,7 @@ def running(*options: str, slots: int = 2, other_user: bool = False) -> Iterator
             server.process.stdout.close()  # type: ignore[union-attr]
         assert status == 0
         assert not [pid for pid in below if alive(pid)]
-        assert not server.data.exists()
+        assert not server.data.exists() or not os.listdir(server.data)
 
 
 def without_compiled_loop(directory: Path) -> Path:

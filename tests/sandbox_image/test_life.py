@@ -30,6 +30,7 @@ from tests.sandbox_image.running import (
     running,
     server_command,
     someone_runs,
+    without_the_right_to_mount,
 )
 
 BUSY = "setsid sleep {marker} & sleep {marker}"
@@ -258,20 +259,10 @@ def test_a_tree_that_slots_cannot_reach(tmp_path: Path) -> None:
 
 
 async def test_root_without_the_right_to_mount() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root that gives up a capability")
-    with open_directory() as directory:
-        # The interpreter is put where everybody can reach it, by the test that makes the namespace; then the right is dropped.
-        prefix = as_other_user(directory)
-        index = prefix.index("setpriv")
-        drop = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-        server = launch([*prefix[:index], *drop, prefix[-1], *server_command(directory, slots=1)], directory)
+    with running(slots=1, within=without_the_right_to_mount) as server:
         api = Api.over(server)
         async with api.session:
             assert await api.output("id -u") == "60000\n"
-        assert server.stop() == 0
-        assert server.process.stdout is not None
-        server.process.stdout.close()
 
 
 @pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])

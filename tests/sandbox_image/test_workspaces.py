@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from sandbox_image.storage import MAX_CHAIN
-from tests.sandbox_image.running import Api, RunningServer, eventually, running
+from tests.sandbox_image.running import Api, RunningServer, eventually, on_overlay, running, without_the_right_to_mount
 
-WAYS = {
-    "overlay": [],
-    "on disk": ["--workspaces-on-disk"],
+Within = Callable[[Path], list[str]]
+WAYS: dict[str, tuple[list[str], Within | None, dict[str, str]]] = {
+    "in memory": ([], None, {"layers": "overlay", "workspaces": "memory"}),
+    "on disk": (["--workspaces-on-disk"], None, {"layers": "overlay", "workspaces": "disk"}),
+    "copied in memory": ([], on_overlay, {"layers": "copy", "workspaces": "memory"}),
+    "copied on disk": (["--workspaces-on-disk"], on_overlay, {"layers": "copy", "workspaces": "disk"}),
+    "without mounts": ([], without_the_right_to_mount, {"layers": "copy", "workspaces": "disk"}),
 }
+"""Options, how the server is started, and what it says of its workspaces then."""
 
 
 @contextmanager
@@ -90,12 +96,18 @@ async def shown(api: Api) -> str:
     return "".join(f"{entry.strip()}|" for entry in sorted(entries) if entry)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("for_layer", [True, False])
+@pytest.mark.parametrize(("way", "for_layer"), [*((way, True) for way in WAYS), ("in memory", False)])
 async def test_deletions_survive_in_layers_upon_layers(server: RunningServer, way: str, for_layer: bool) -> None:
-    with running(*WAYS[way], other_user=_is_other(server)) as own:
+    options, within, expected = WAYS[way]
+    if within is not None and _is_other(server):
+        pytest.skip("a matter of root")
+    with running(*options, other_user=_is_other(server), within=within) as own:
         api = Api.over(own)
         async with api.session:
+            limits = (await api.get("/health"))[1]["limits"]
+            assert {name: limits[name] for name in expected} == expected
+            assert ("layers_are_copied_because" in limits) == (limits["layers"] == "copy")
+            assert ("workspaces_are_unlimited_because" in limits) == (limits["workspaces"] == "disk")
             await freeze(api, "base", BASE, for_layer=for_layer)
             await freeze(api, "derived", DERIVED, layer="base", for_layer=for_layer)
             await freeze(api, "top", "rm -r kept; mkdir kept; echo top > kept/file", layer="derived", for_layer=for_layer)
@@ -113,6 +125,12 @@ async def test_deletions_survive_in_layers_upon_layers(server: RunningServer, wa
                 assert await shown(reader) == MERGED.replace("kept/deep|", "").replace("kept/file base", "kept/file top")
                 await reader.reset(layer="base")
                 assert (await shown(reader)).startswith("changed base|gone|")
+            # And a fork of a slot that goes on.
+            await other.output("rm -r gone; echo forked > forked")
+            assert (await other.post("/layers", {"slot_id": "slot_1", "name": "fork", "snapshot": True}))[0] == 200
+            await api.reset(layer="fork")
+            assert await shown(api) == await shown(other)
+            assert await api.output("find . ! -user $(id -u)") == ""
 
 
 async def uid(api: Api) -> str:
