@@ -20,8 +20,6 @@ from typing import Any
 from sandbox_image.errors import OutsideWorkspaceError, RequestError, ToolError
 from sandbox_image.files import read_up_to
 from sandbox_image.protocol import (
-    MAX_ARTIFACT_BYTES,
-    MAX_ARTIFACT_ENTRIES,
     ArtifactArchive,
     ArtifactArchiveRequest,
     ArtifactContent,
@@ -44,7 +42,6 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
     Raises:
         RequestError: not found, outside of the workspace, not a regular file, too large, not text.
     """
-    _check_range("max_bytes", request.max_bytes, MAX_ARTIFACT_BYTES)
     with _blame(request.path), files.file(request.path) as (descriptor, found):
         if found.st_size > request.max_bytes:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: {found.st_size} bytes, the limit is {request.max_bytes}")
@@ -69,7 +66,6 @@ def listing(files: WorkspaceFiles, request: ArtifactListRequest) -> ArtifactList
     Raises:
         RequestError: not found, not a directory, outside of the workspace.
     """
-    _check_range("max_entries", request.max_entries, MAX_ARTIFACT_ENTRIES)
     entries: list[dict[str, Any]] = []
     truncated = False
     with _blame(request.path), files.directory(request.path) as top:
@@ -96,8 +92,6 @@ def archive(files: WorkspaceFiles, request: ArtifactArchiveRequest) -> ArtifactA
     Raises:
         RequestError: not found, not a directory, outside of the workspace, more bytes or entries than asked for.
     """
-    _check_range("max_bytes", request.max_bytes, MAX_ARTIFACT_BYTES)
-    _check_range("max_entries", request.max_entries, MAX_ARTIFACT_ENTRIES)
     packed = _Bounded(request.path, request.max_bytes)
     count = 0
     unpacked = 0
@@ -215,11 +209,6 @@ def _kind(status: os.stat_result) -> str:
     if stat.S_ISDIR(status.st_mode):
         return "directory"
     return "symlink" if stat.S_ISLNK(status.st_mode) else "other"
-
-
-def _check_range(name: str, value: int, limit: int) -> None:
-    if not 1 <= value <= limit:
-        raise RequestError(ErrorKind.BAD_REQUEST, f"field {name!r} must be between 1 and {limit}")
 
 
 @contextmanager

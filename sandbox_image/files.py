@@ -10,10 +10,10 @@ import os
 import secrets
 import stat
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from sandbox_image.errors import ToolError
-from sandbox_image.protocol import MAX_FILE_BYTES, ExecutionResult, ProtocolError, Wire
+from sandbox_image.protocol import MAX_FILE_BYTES, ExecutionResult, Range, Wire
 from sandbox_image.workspace import WorkspaceFiles
 
 Encoding = Literal["text", "base64"]
@@ -25,16 +25,7 @@ class ReadFileArguments(Wire):
 
     path: str
     encoding: Encoding = "text"
-    max_bytes: int = MAX_FILE_BYTES
-
-    def check(self) -> None:
-        """Refuse what no caller should send.
-
-        Raises:
-            ProtocolError: a value is out of range.
-        """
-        if not 1 <= self.max_bytes <= MAX_FILE_BYTES:
-            raise ProtocolError(f"field 'max_bytes' must be between 1 and {MAX_FILE_BYTES}")
+    max_bytes: Annotated[int, Range(1, MAX_FILE_BYTES)] = MAX_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -45,9 +36,6 @@ class WriteFileArguments(Wire):
     content: str
     encoding: Encoding = "text"
     executable: bool | None = None
-
-    def check(self) -> None:
-        """Every combination of values is allowed."""
 
 
 def read_file(files: WorkspaceFiles, arguments: ReadFileArguments) -> ExecutionResult:

@@ -14,6 +14,7 @@ Routes (JSON both ways, `Authorization: Bearer TOKEN` when the server has one):
     GET  /layers             -> {"layers": [name]}
     GET  /health             -> Health
     GET  /slots              -> {"slots": [SlotState]}
+    GET  /openapi.json       -> these routes and messages as an OpenAPI document
     POST /artifacts/read     ArtifactReadRequest -> ArtifactContent
     POST /artifacts/list     ArtifactListRequest -> ArtifactListing
     POST /artifacts/archive  ArtifactArchiveRequest -> ArtifactArchive
@@ -30,7 +31,7 @@ import typing
 from collections.abc import Hashable
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 VERSION = 1
 """Raised whenever a client and a server of different versions would misunderstand each other."""
@@ -96,6 +97,9 @@ def _conforms(value: object, expected: Any) -> bool:
         return any(_conforms(value, option) for option in typing.get_args(expected))
     if origin is Literal:
         return value in typing.get_args(expected)
+    if origin is dict and isinstance(value, dict):
+        # JSON has no other keys than strings.
+        return all(_conforms(item, typing.get_args(expected)[1]) for item in value.values())
     if origin is not None:
         return isinstance(value, origin)
     if expected is float:
@@ -113,7 +117,27 @@ def _exact_types(expected: Any) -> frozenset[type]:
         return frozenset().union(*map(_exact_types, typing.get_args(expected)))
     if expected in (str, int, bool, types.NoneType):
         return frozenset((expected,))
-    return frozenset((origin,)) if origin in (dict, list) else frozenset()
+    return frozenset((origin,)) if origin is list or typing.get_args(expected)[1:] == (Any,) else frozenset()
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have; `low` itself is one of them unless they begin `above` it."""
+
+    low: int
+    high: int | float
+    above: bool = False
+
+    def check(self, name: str, value: int | float | None) -> None:
+        """Refuse a value out of range; None is not a number.
+
+        Raises:
+            ProtocolError: it is.
+        """
+        if value is None or ((self.low < value if self.above else self.low <= value) and value <= self.high):
+            return
+        bounds = f"above {self.low} and at most" if self.above else f"between {self.low} and"
+        raise ProtocolError(f"field {name!r} must be {bounds} {self.high:.15g}")
 
 
 @dataclass(frozen=True)
@@ -121,18 +145,28 @@ class _Field:
     expected: Any
     exact: frozenset[type]
     required: bool
+    range: Range | None
 
 
 @functools.cache
 def _fields(message: Any) -> dict[str, _Field]:
     # Resolving the annotations anew for each message would cost more than all the rest of reading it.
     hints = typing.get_type_hints(message)
+    annotations = typing.get_type_hints(message, include_extras=True)
     return {
         spec.name: _Field(
-            hints[spec.name], _exact_types(hints[spec.name]), spec.default is MISSING and spec.default_factory is MISSING
+            hints[spec.name],
+            _exact_types(hints[spec.name]),
+            spec.default is MISSING and spec.default_factory is MISSING,
+            range_of(annotations[spec.name]),
         )
         for spec in fields(message)
     }
+
+
+def range_of(annotation: Any) -> Range | None:
+    """The range that a field is annotated with."""
+    return next((extra for extra in typing.get_args(annotation)[1:] if isinstance(extra, Range)), None)
 
 
 @dataclass(frozen=True)
@@ -144,7 +178,7 @@ class Wire:
         """Build from a decoded JSON value.
 
         Raises:
-            ProtocolError: not an object, a missing or unknown field, or a value of another type.
+            ProtocolError: not an object, a missing or unknown field, or a value of another type or out of range.
         """
         if not isinstance(payload, dict):
             raise ProtocolError(f"expected a JSON object, got {type(payload).__name__}")
@@ -155,10 +189,19 @@ class Wire:
                 raise ProtocolError(f"unknown field {name!r}; known fields: {', '.join(known)}")
             if type(value) not in spec.exact and not _conforms(value, spec.expected):
                 raise ProtocolError(f"field {name!r} has the wrong type: {type(value).__name__}")
+            if spec.range is not None:
+                spec.range.check(name, value)
         for name, spec in known.items():
             if spec.required and name not in payload:
                 raise ProtocolError(f"missing field {name!r}")
         return cls(**payload)
+
+    def check(self) -> None:
+        """Refuse what the types of the fields cannot; nothing, unless a message says so.
+
+        Raises:
+            ProtocolError: a value is not one that anybody should send.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """The message as a value that `json.dumps` takes; it shares the message's lists and dictionaries."""
@@ -178,7 +221,7 @@ class ExecuteRequest(Wire):
     tool: str
     args: dict[str, Any]
     execution_id: str | None = None
-    timeout: float | None = None
+    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
     lease: str | None = None
 
 
@@ -289,7 +332,7 @@ class ArtifactReadRequest(Wire):
     slot_id: str
     path: str
     encoding: Literal["text", "base64"] = "text"
-    max_bytes: int = DEFAULT_ARTIFACT_BYTES
+    max_bytes: Annotated[int, Range(1, MAX_ARTIFACT_BYTES)] = DEFAULT_ARTIFACT_BYTES
     include_sha256: bool = False
     lease: str | None = None
 
@@ -311,7 +354,7 @@ class ArtifactListRequest(Wire):
     slot_id: str
     path: str = "."
     recursive: bool = False
-    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+    max_entries: Annotated[int, Range(1, MAX_ARTIFACT_ENTRIES)] = DEFAULT_ARTIFACT_ENTRIES
     lease: str | None = None
 
 
@@ -330,8 +373,8 @@ class ArtifactArchiveRequest(Wire):
     slot_id: str
     path: str = "."
     format: Literal["tar.gz", "tgz"] = "tar.gz"
-    max_bytes: int = DEFAULT_ARTIFACT_BYTES
-    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+    max_bytes: Annotated[int, Range(1, MAX_ARTIFACT_BYTES)] = DEFAULT_ARTIFACT_BYTES
+    max_entries: Annotated[int, Range(1, MAX_ARTIFACT_ENTRIES)] = DEFAULT_ARTIFACT_ENTRIES
     lease: str | None = None
 
 

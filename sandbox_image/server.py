@@ -28,7 +28,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox_image import artifacts
+from sandbox_image import artifacts, openapi
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.datadir import DataDir
@@ -54,7 +54,7 @@ from sandbox_image.protocol import (
     ProtocolError,
     ResetRequest,
 )
-from sandbox_image.slots import Slot, check_call
+from sandbox_image.slots import TOOLS, Slot, check_call
 from sandbox_image.storage import Storage
 
 MAX_EXECUTION_ID_CHARACTERS = 1024
@@ -87,6 +87,7 @@ class SlotServer:
             ("GET", "/layers"): self._list_layers,
             ("GET", "/health"): self._health,
             ("GET", "/slots"): self._list_slots,
+            ("GET", "/openapi.json"): self._describe,
             ("POST", "/artifacts/read"): self._read_artifact,
             ("POST", "/artifacts/list"): self._list_artifacts,
             ("POST", "/artifacts/archive"): self._archive_artifacts,
@@ -226,6 +227,9 @@ class SlotServer:
 
     async def _list_slots(self, request: web.BaseRequest) -> web.Response:
         return _json({"slots": [slot.state().to_json() for slot in self._slots.values()]})
+
+    async def _describe(self, request: web.BaseRequest) -> web.Response:
+        return _json(openapi.document(TOOLS))
 
     async def _read_artifact(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactReadRequest.from_json(await _body(request))

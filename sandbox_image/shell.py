@@ -7,10 +7,11 @@ import posixpath
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from sandbox_image.box import Box
 from sandbox_image.errors import ToolError
-from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, ProtocolError, Wire
+from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, Range, Wire
 
 MAX_ENVIRONMENT_BYTES = 64 * 1024
 
@@ -22,18 +23,7 @@ class BashArguments(Wire):
     command: str
     cwd: str | None = None
     env: dict[str, str] | None = None
-    max_output_bytes: int = MAX_OUTPUT_BYTES
-
-    def check(self) -> None:
-        """Refuse what no caller should send.
-
-        Raises:
-            ProtocolError: a value is out of range or an environment variable is not a string.
-        """
-        if not 1 <= self.max_output_bytes <= MAX_OUTPUT_BYTES:
-            raise ProtocolError(f"field 'max_output_bytes' must be between 1 and {MAX_OUTPUT_BYTES}")
-        if self.env is not None and not all(isinstance(value, str) for value in self.env.values()):
-            raise ProtocolError("field 'env' must map names to strings")
+    max_output_bytes: Annotated[int, Range(1, MAX_OUTPUT_BYTES)] = MAX_OUTPUT_BYTES
 
 
 class OutputBuffer:
