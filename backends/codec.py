@@ -35,8 +35,17 @@ from sandbox_image.protocol import (
 
 _SHOWN_CHARS = 2000
 
+
+class RefusedError(SandboxProtocolError):
+    """The server calls the request malformed: it certainly did not run."""
+
+
+class MissingError(SandboxProtocolError):
+    """What the request names is not there."""
+
+
 _EXCEPTIONS: Mapping[ErrorKind, type[SandboxError]] = {
-    ErrorKind.BAD_REQUEST: SandboxProtocolError,
+    ErrorKind.BAD_REQUEST: RefusedError,
     ErrorKind.UNAUTHORIZED: SandboxUnavailableError,
     ErrorKind.OUTSIDE_WORKSPACE: ArtifactForbiddenError,
     ErrorKind.NOT_FOUND: ArtifactNotFoundError,
@@ -49,14 +58,6 @@ _EXCEPTIONS: Mapping[ErrorKind, type[SandboxError]] = {
 
 Message = TypeVar("Message", bound=Wire)
 Outcome = ExecutionResult | SandboxError
-
-
-class RefusedError(SandboxProtocolError):
-    """The server calls the request malformed: it certainly did not run."""
-
-
-class MissingError(SandboxProtocolError):
-    """What the request names is not there."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def exception_of(value: object, *, artifact: bool) -> SandboxError:
     chosen = _EXCEPTIONS[kind]
     if issubclass(chosen, ArtifactError) and not artifact:
         chosen = MissingError if kind is ErrorKind.NOT_FOUND else SandboxProtocolError
-    if kind in (ErrorKind.BAD_REQUEST, ErrorKind.TOO_LARGE) and not artifact:
+    if kind is ErrorKind.TOO_LARGE and not artifact:
         chosen = RefusedError
     return chosen(shown(failure.error))
 

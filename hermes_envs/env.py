@@ -7,16 +7,16 @@ import logging
 import secrets
 import signal
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import jsonlines
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from backends import BackendOptions, create_tool_backend
 from backends.base import Layer, ToolBackend
@@ -24,33 +24,31 @@ from backends.errors import SandboxError
 from hermes_envs import command_line
 from hermes_envs.agent import Agent, AgentOptions
 from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
-from hermes_envs.errors import ConfigError, EngineError, EnvironmentBuildError, HermesEnvsError, NothingCollectedError
+from hermes_envs.errors import (
+    ConfigError,
+    EngineError,
+    EnvironmentBuildError,
+    HermesEnvsError,
+    NothingCollectedError,
+    ToolServerError,
+)
 from hermes_envs.group import Group, InfrastructureFailure
 from hermes_envs.html_report import write_html_report
 from hermes_envs.policies import PolicyOptions, create_policy
-from hermes_envs.policies.base import Message, Policy
+from hermes_envs.policies.base import Message, Policy, Reference
 from hermes_envs.process import GroupQueue, Reporter, Summary
-from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.external import ExternalTool
+from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.trajectory import Score, Stopwatch, Trajectory
+from hermes_envs.variables import Names
 from hermes_envs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 
-def _split_at_commas(value: object) -> object:
-    parts = [value] if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    return value
-
-
-Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
-"""A list in YAML, or names separated by commas on the command line."""
-
-
-class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, PolicyOptions):  # type: ignore[misc]
+class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, ToolServerOptions, PolicyOptions):  # type: ignore[misc]
     """Every option of an environment; each is an `--env.*` flag and a key below `env:` in YAML."""
 
     model_config = ConfigDict(extra="forbid")
@@ -75,7 +73,7 @@ class AgentTask:
 
     prompt: Sequence[Message]
     layer: Layer | None = None
-    reference: Sequence[ToolCall] | None = None
+    reference: Reference | None = None
 
 
 class AgentEnv(BaseEnv):  # type: ignore[misc]
@@ -87,6 +85,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     env_config_cls: ClassVar[type[AgentEnvConfig]] = AgentEnvConfig
     toolsets: ClassVar[Toolsets] = Toolsets()
+    own_external_tools: ClassVar[Sequence[ExternalTool]] = ()
+    """What `tool_server_url: inprocess` offers."""
 
     config: AgentEnvConfig
     backend: ToolBackend
@@ -178,7 +178,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         """One rollout from a fresh slot to a score. The environment must be `running`.
 
         Raises:
-            EngineError, SandboxError: infrastructure failed.
+            EngineError, SandboxError, ToolServerError: infrastructure failed.
             EnvironmentBuildError: the item's environment cannot be built.
         """
         rollout_id = trajectory_id or f"{self.item_name(item)}-{secrets.token_hex(4)}"
@@ -224,7 +224,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                 self.summary.set_aside[self.item_name(item)] = str(reason)
                 problem = f"its environment cannot be built: {reason}"
                 break
-            except (SandboxError, EngineError) as reason:
+            except (SandboxError, EngineError, ToolServerError) as reason:
                 problem = f"{type(reason).__name__}: {reason}"
                 logger.warning("%s: attempt %d of %d: %s", trajectory_id, attempt, self.config.rollout_attempts, problem)
             except HermesEnvsError:
@@ -247,7 +247,12 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
             self.policy = create_policy(
                 self.config, server=lambda: self.server, tokenizer=lambda: self.tokenizer, server_configs=self._servers
             )
-            async with aclosing(self.policy), create_tool_backend(self.config) as self.backend:
+            async with (
+                aclosing(self.policy),
+                external_tools(self.config, self.own_external_tools) as external,
+                create_tool_backend(self.config) as self.backend,
+            ):
+                self.executor.offer(external)
                 await self.setup_agent_env()
                 yield
         finally:
@@ -288,32 +293,51 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
         self.max_token_len = self.config.max_token_length
         self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
-        name = self.name or type(self).__name__
         if self.config.use_wandb:
+            name = self.name or type(self).__name__
             self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
-        reporter = Reporter(name)
         try:
             async with self.running():
-                queue = GroupQueue(
-                    next_item=self.get_next_item,
-                    collect=self.collect_group,
-                    lost=self._lost_group,
-                    save=self._save_group,
-                    reporter=reporter,
-                    concurrency=self.config.max_concurrent_groups,
-                    attempts=self.config.group_attempts,
-                )
-                reporter.expect(min(self.n_groups_to_process, self.number_of_items() or self.n_groups_to_process))
-                try:
-                    with reporter:
-                        await queue.run(self.n_groups_to_process, self.summary)
-                finally:
-                    reporter.conclude(self.summary)
+                await self.collect_groups(self.n_groups_to_process, self.summary, self._save_group)
         finally:
             self.jsonl_writer.close()
-        if not self.summary.trajectories:
-            raise NothingCollectedError("no trajectory was collected")
         await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
+
+    async def collect_groups(
+        self, groups: int, summary: Summary, save: Callable[[Any, Group], Awaitable[None]] | None = None
+    ) -> None:
+        """Collect up to `groups` groups, show how far that is, and end with the account. The environment must be `running`.
+
+        Raises:
+            NothingCollectedError: no trajectory was collected.
+        """
+
+        async def forget(item: Any, group: Group) -> None:
+            """There is no file."""
+
+        reporter = Reporter(self.name or type(self).__name__)
+        queue = GroupQueue(
+            next_item=self.get_next_item,
+            collect=self.collect_group,
+            lost=self._lost_group,
+            save=save or forget,
+            reporter=reporter,
+            concurrency=self.config.max_concurrent_groups,
+            attempts=self.config.group_attempts,
+        )
+        reporter.expect(min(groups, self.number_of_items() or groups))
+        try:
+            with reporter:
+                await queue.run(groups, summary)
+        finally:
+            reporter.conclude(summary)
+        if not summary.trajectories:
+            raise NothingCollectedError("no trajectory was collected")
+
+    async def _run_evaluate(self) -> None:
+        """atroposlib's hook for `evaluate`."""
+        async with self.running():
+            await self.evaluate()
 
     def _lost_group(self, item: Any, reason: str) -> Group:
         name = self.item_name(item)

@@ -7,11 +7,13 @@
     ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
     ├── RecordingError            a terminal recording is not what its format says; the message names the line
     ├── TaskBuildError            a package or tree cannot be made into tasks
+    ├── ToolServerError           the external tool server failed: it does not answer, or not with a result
     └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
         └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
 
-`backends.errors.SandboxError` stands beside this tree: it is raised through this package unchanged. Both `EngineError` and
-`SandboxError` are infrastructure: a trajectory that ends in one is tried again or dropped and counted, never scored 0.
+`backends.errors.SandboxError` stands beside this tree: it is raised through this package unchanged. `EngineError`,
+`ToolServerError` and `SandboxError` are infrastructure: a trajectory that ends in one is tried again or dropped and counted,
+never scored 0.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ class RecordingError(HermesEnvsError):
 
 class TaskBuildError(HermesEnvsError):
     """A package or tree cannot be made into tasks; the message says what failed."""
+
+
+class ToolServerError(HermesEnvsError):
+    """The external tool server cannot be reached, or answered something else than a result. A tool that fails is a result."""
 
 
 class EngineError(HermesEnvsError):

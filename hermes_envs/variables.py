@@ -1,15 +1,26 @@
-"""Options from environment variables; who reads them is given the mapping, so that the process' own are read in one place."""
+"""Options from text: names in a list, and environment variables, which are given, so that one place reads the process' own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from hermes_envs.errors import ConfigError
 
 Options = TypeVar("Options", bound=BaseModel)
+
+
+def _split_at_commas(value: object) -> object:
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    return value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
+"""A list in YAML, or names separated by commas on the command line and in a variable."""
 
 
 def read_options(kind: type[Options], fields: Mapping[str, str], given: Mapping[str, str], **values: str) -> Options:
@@ -25,6 +36,8 @@ def read_options(kind: type[Options], fields: Mapping[str, str], given: Mapping[
         return kind.model_validate({field: given[variable] for field, variable in variables.items()} | values)
     except ValidationError as reason:
         error = reason.errors()[0]
-        field = str(error["loc"][0]) if error["loc"] else ""
+        if not error["loc"]:
+            raise ConfigError(error["msg"].removeprefix("Value error, ")) from reason
+        field = str(error["loc"][0])
         problem = "there is no such option in this version" if error["type"] == "extra_forbidden" else error["msg"]
-        raise ConfigError(f"{variables.get(field, field or kind.__name__)}: {problem}") from reason
+        raise ConfigError(f"{variables.get(field, field)}: {problem}") from reason

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from atroposlib.envs.base import BaseEnvConfig
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from backends import BackendOptions
@@ -16,17 +16,20 @@ from backends.pooled import PoolOptions
 from hermes_envs.agent import AgentOptions
 from hermes_envs.env import AgentEnvConfig
 from hermes_envs.policies import PolicyOptions
+from hermes_envs.smoke import SmokeConfig
 from hermes_envs.swe_smith import SweSmithConfig
 from hermes_envs.tools.executor import ToolOptions
+from hermes_envs.tools.tool_server_client import ToolServerOptions
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "Who answers": (PolicyOptions,),
     "The agent": (AgentOptions,),
-    "Tools": (ToolOptions,),
+    "Tools": (ToolOptions, ToolServerOptions),
     "Sandboxes": (PoolOptions, BackendOptions),
     "Runs": (AgentEnvConfig,),
     "`swe_smith`": (SweSmithConfig,),
+    "`smoke`": (SmokeConfig,),
 }
 HEAD = """\
 # Configuration
@@ -67,6 +70,8 @@ def shown(default: Any) -> str:
         return "none"
     if isinstance(default, Enum):
         default = default.value
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
     if isinstance(default, list):
         default = ", ".join(default)
     if isinstance(default, bool):

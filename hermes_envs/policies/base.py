@@ -16,6 +16,9 @@ from hermes_envs.tools.call import ToolCall
 Message = dict[str, Any]
 """A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
+Reference = Sequence[ToolCall | str]
+"""A task's solution: calls to be made and, for a task whose final response is scored, the text to end with."""
+
 FinishReason = Literal["stop", "tool_calls", "length"]
 
 
@@ -86,9 +89,9 @@ class Policy(ABC):
         trajectory_id: str,
         *,
         tools: Sequence[dict[str, Any]],
-        reference: Sequence[ToolCall] | None = None,
+        reference: Reference | None = None,
     ) -> Conversation:
-        """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution as tool calls."""
+        """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution."""
 
     async def aclose(self) -> None:  # noqa: B027 - most policies open nothing
         """Let go of the connections that the policy itself opened."""

@@ -14,6 +14,7 @@ from hermes_envs.policies.base import (
     FinishReason,
     Message,
     Policy,
+    Reference,
     SamplingOptions,
     Turn,
     assistant_message,
@@ -43,7 +44,7 @@ class MessagesPolicy(Policy):
         self._options = options
 
     def start(
-        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> MessagesConversation:
         return MessagesConversation(trajectory_id, tools, self)
 

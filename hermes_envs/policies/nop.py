@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hermes_envs.policies.base import Conversation, Message, Policy, Turn, assistant_message
+from hermes_envs.policies.base import Conversation, Message, Policy, Reference, Turn, assistant_message
 from hermes_envs.rollout import Rollout
-from hermes_envs.tools.call import ToolCall
 
 FINAL_MESSAGE = "Nothing was done."
 
@@ -16,7 +15,7 @@ class NopPolicy(Policy):
     """Ends every trajectory with its first message."""
 
     def start(
-        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> NopConversation:
         return NopConversation(trajectory_id)
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.policies.base import Conversation, Message, Policy, Turn, assistant_message
+from hermes_envs.policies.base import Conversation, Message, Policy, Reference, Turn, assistant_message
 from hermes_envs.rollout import Rollout
-from hermes_envs.tools.call import ToolCall
 
 FINAL_MESSAGE = "The reference solution has been applied."
 
@@ -17,7 +16,7 @@ class OraclePolicy(Policy):
     """Makes the calls of the reference solution through the same tools as a model would."""
 
     def start(
-        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> OracleConversation:
         """As `Policy.start`.
 
@@ -30,15 +29,15 @@ class OraclePolicy(Policy):
 
 
 class OracleConversation(Conversation):
-    """One call a turn, whatever the tools answer, then a message without calls."""
+    """One call a turn, whatever the tools answer, then the reference's text or one of our own."""
 
-    def __init__(self, trajectory_id: str, reference: Sequence[ToolCall]) -> None:
+    def __init__(self, trajectory_id: str, reference: Reference) -> None:
         self.rollout = Rollout(trajectory_id)
-        self._calls = iter(reference)
+        self._moves = iter(reference)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
         """As `Conversation.respond`; raises nothing."""
-        call = next(self._calls, None)
-        if call is None:
-            return Turn(assistant_message(FINAL_MESSAGE), (), "stop")
-        return Turn(assistant_message("", [call]), (call,), "tool_calls")
+        move = next(self._moves, FINAL_MESSAGE)
+        if isinstance(move, str):
+            return Turn(assistant_message(move), (), "stop")
+        return Turn(assistant_message("", [move]), (move,), "tool_calls")

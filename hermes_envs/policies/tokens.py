@@ -17,6 +17,7 @@ from hermes_envs.policies.base import (
     FinishReason,
     Message,
     Policy,
+    Reference,
     Turn,
     assistant_message,
 )
@@ -24,7 +25,6 @@ from hermes_envs.policies.token_engine import Sample, TokenEngine
 from hermes_envs.policies.tokens_options import TokensOptions
 from hermes_envs.rendering import ChatRenderer, ParsedAnswer, create_chat_renderer
 from hermes_envs.rollout import Rollout, Segment
-from hermes_envs.tools.call import ToolCall
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_manager import ServerManager
@@ -52,7 +52,7 @@ class TokensPolicy(Policy):
         self._options = options
 
     def start(
-        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Sequence[ToolCall] | None = None
+        self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> TokensConversation:
         return TokensConversation(trajectory_id, tools, self._engine, self.renderer, self._options)
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class UnusableCallError(Exception):
+    """A call that cannot be run as the model made it; the text tells the model why."""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """One call as the model made it.

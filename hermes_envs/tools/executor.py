@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jsonschema
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.tools.call import ToolCall, ToolResult
+from hermes_envs.errors import ConfigError
+from hermes_envs.tools.call import ToolCall, ToolResult, UnusableCallError
+from hermes_envs.tools.external import ExternalTools, NoExternalTools
 from hermes_envs.tools.tool import Tool
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import WORKSPACE, ExecutionResult
@@ -35,41 +36,81 @@ class ToolExecutor:
     def __init__(self, tools: Mapping[str, Tool], options: ToolOptions) -> None:
         self.tools = tools
         self._options = options
+        self._external: ExternalTools = NoExternalTools()
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """The tools as a chat template or an endpoint takes them."""
-        return [tool.schema for tool in self.tools.values()]
+        return [tool.schema for tool in (*self.tools.values(), *self._external.definitions.values())]
+
+    def offer(self, external: ExternalTools) -> None:
+        """Run calls of these tools, too, outside of the slot.
+
+        Raises:
+            ConfigError: a name is that of a tool of the slot.
+        """
+        if taken := sorted(self.tools.keys() & external.definitions.keys()):
+            raise ConfigError(
+                f"tool_server_url: its tool {taken[0]!r} has the name of a tool of the sandbox; disable that or rename"
+            )
+        self._external = external
+
+    def is_external(self, name: str) -> bool:
+        """Whether a tool runs outside of the slot."""
+        return name in self._external.definitions
 
     async def execute(self, workspace: Workspace, call: ToolCall) -> ToolResult:
         """Run one call in the workspace.
 
         Raises:
-            SandboxError: the slot failed; the call's fate is unknown.
+            SandboxError, ToolServerError: the slot or the tool server failed; the call's fate is unknown.
         """
-        call = self._with_text_as_argument(call)
-        problem = self._find_problem(call)
-        if problem is not None or call.arguments is None:
+        try:
+            call = self.check(call)
+        except UnusableCallError as problem:
             return ToolResult(call, f"Error: {problem}", ok=False, executed=False)
-        tool, arguments = self.tools[call.name].to_sandbox(workspace, call.arguments)
-        timeout_s = min(call.arguments.get("timeout") or self._options.tool_timeout_s, self._options.tool_timeout_s)
-        result = await workspace.backend.execute(workspace.slot, tool, arguments, timeout_s=timeout_s)
-        content = await self._fit(workspace, call, _describe(result))
+        result = await self.run(workspace, call)
+        # What comes from outside of a slot may hold what is no text.
+        described = _describe(result).encode("utf-8", "replace").decode()
+        content = await self._fit(workspace, call, described)
         return ToolResult(call, content, ok=result.success, metadata=result.metadata)
 
-    def _with_text_as_argument(self, call: ToolCall) -> ToolCall:
-        tool = self.tools.get(call.name)
-        if tool is None or call.text is None or tool.sole_text_parameter is None:
-            return call
-        return replace(call, arguments={tool.sole_text_parameter: call.text}, error=None)
+    def check(self, call: ToolCall) -> ToolCall:
+        """The call as it can be run.
 
-    def _find_problem(self, call: ToolCall) -> str | None:
+        Raises:
+            UnusableCallError: it cannot; the text is for the model.
+        """
+        tool = self.tools.get(call.name) or self._external.definitions.get(call.name)
+        if tool is not None and call.text is not None and tool.sole_text_parameter is not None:
+            call = replace(call, arguments={tool.sole_text_parameter: call.text}, error=None)
         if call.error is not None:
-            return call.error
-        if call.name not in self.tools:
-            return f"there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
-        violation = next(jsonschema.Draft202012Validator(self.tools[call.name].parameters).iter_errors(call.arguments), None)
-        return None if violation is None else f"arguments of {call.name}: {violation.message[:500]}"
+            raise UnusableCallError(call.error)
+        if tool is None:
+            known = ", ".join([*self.tools, *self._external.definitions])
+            raise UnusableCallError(f"there is no tool {call.name!r}; the tools are {known}")
+        problem = tool.find_problem(call.arguments)
+        if problem is not None:
+            raise UnusableCallError(problem)
+        return call
+
+    async def run(self, workspace: Workspace, call: ToolCall, *, timeout_s: float | None = None) -> ExecutionResult:
+        """Run a call that was checked. Raises as `execute`."""
+        if self.is_external(call.name):
+            return await self.run_external(call, workspace.slot.trajectory_id, timeout_s=timeout_s)
+        given, longest = call.arguments or {}, self._options.tool_timeout_s
+        tool, arguments = self.tools[call.name].to_sandbox(workspace, given)
+        shortest = min(given.get("timeout") or longest, timeout_s or longest, longest)
+        return await workspace.backend.execute(workspace.slot, tool, arguments, timeout_s=shortest)
+
+    async def run_external(self, call: ToolCall, trajectory_id: str, *, timeout_s: float | None = None) -> ExecutionResult:
+        """Run a call of an external tool that was checked; it needs no slot.
+
+        Raises:
+            ToolServerError: the tool server failed.
+        """
+        longest = self._options.tool_timeout_s
+        return await self._external.call(call.name, call.arguments or {}, min(timeout_s or longest, longest), trajectory_id)
 
     async def _fit(self, workspace: Workspace, call: ToolCall, content: str) -> str:
         budget = self._options.tool_output_max_chars

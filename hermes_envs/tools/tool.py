@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jsonschema
+
 from hermes_envs.workspace import Workspace
 
 SandboxCall = tuple[str, dict[str, Any]]
@@ -14,17 +16,12 @@ SandboxCall = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Tool:
-    """A function that a model may call.
-
-    `parameters` is the JSON schema of its arguments. `to_sandbox` turns validated arguments into a call of the slot server,
-    in the directory and with the variables of the workspace.
-    """
+class ToolDefinition:
+    """A function that a model may call; `parameters` is the JSON schema of its arguments."""
 
     name: str
     description: str
     parameters: dict[str, Any]
-    to_sandbox: Callable[[Workspace, dict[str, Any]], SandboxCall]
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -36,9 +33,28 @@ class Tool:
     def sole_text_parameter(self) -> str | None:
         """The only parameter that a call needs, if that is a text."""
         match self.parameters.get("required"):
-            case [str(name)] if self.parameters["properties"][name]["type"] == "string":
+            case [str(name)] if self.parameters.get("properties", {}).get(name, {}).get("type") == "string":
                 return name
         return None
+
+    def find_problem(self, arguments: object) -> str | None:
+        """Why the function cannot be called with these arguments, in words that a model can act on."""
+        try:
+            violation = next(jsonschema.Draft202012Validator(self.parameters).iter_errors(arguments), None)
+        except (RecursionError, OverflowError):
+            return f"arguments of {self.name}: too deeply nested, or a number is too large"
+        return None if violation is None else f"arguments of {self.name}: {violation.message[:500]}"
+
+
+@dataclass(frozen=True)
+class Tool(ToolDefinition):
+    """A function that runs in a slot.
+
+    `to_sandbox` turns validated arguments into a call of the slot server, in the directory and with the variables of the
+    workspace.
+    """
+
+    to_sandbox: Callable[[Workspace, dict[str, Any]], SandboxCall]
 
 
 def _run_command(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from backends.local import LocalBackend, LocalOptions
+from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.external import ExternalTool, ExternalToolbox
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.workspace import Workspace
+from sandbox_image.protocol import ExecutionResult
 
 
 @pytest.fixture
@@ -123,3 +127,49 @@ async def test_what_a_model_writes_cannot_break_the_call(workspace: Workspace) -
         assert isinstance(result.content, str)
     assert (await run.execute(workspace, call("read_file", {"path": "../../etc/passwd"}))).ok is False
     assert (await run.execute(workspace, call("read_file", {"path": "\0"}))).ok is False
+
+
+async def shout(text: str) -> str:
+    if text == "\ud800":
+        return text
+    if not text:
+        raise ValueError("nothing to shout")
+    return text.upper() * (1000 if text == "long" else 1)
+
+
+SHOUT = ExternalTool("shout", "", {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}, shout)
+
+
+async def test_external_tools_stand_beside_those_of_the_slot(workspace: Workspace) -> None:
+    run = executor(tool_output_max_chars=500)
+    run.offer(ExternalToolbox([SHOUT]))
+    assert [schema["function"]["name"] for schema in run.schemas][-1] == "shout"
+    assert (await run.execute(workspace, call("shout", '{"text": "hi"}'))).content == "HI"
+    assert (await run.execute(workspace, call("shout", "plain text"))).content == "PLAIN TEXT"
+    assert (await run.execute(workspace, call("terminal", {"command": "echo hi"}))).content == "hi"
+    failed = await run.execute(workspace, call("shout", {"text": ""}))
+    assert (failed.content, failed.ok, failed.executed) == ("[ValueError: nothing to shout]", False, True)
+    wrong = await run.execute(workspace, call("shout", {"text": 1}))
+    assert (wrong.content, wrong.executed) == ("Error: arguments of shout: 1 is not of type 'string'", False)
+    assert "the tools are" in (unknown := (await run.execute(workspace, call("whisper", {}))).content)
+    assert unknown.endswith("shout")
+    long = await run.execute(workspace, call("shout", {"text": "long"}))
+    assert "/workspace/.tool_output/call-1.txt" in long.content
+    assert await workspace.read(".tool_output/call-1.txt") == b"LONG" * 1000
+    assert (await run.execute(workspace, call("shout", "\ud800"))).content == "?"
+
+
+async def test_a_tool_server_that_fails_is_not_the_models_fault(workspace: Workspace) -> None:
+    class Gone(ExternalToolbox):
+        async def call(self, *arguments: object) -> ExecutionResult:
+            raise ToolServerError("gone")
+
+    run = executor()
+    run.offer(Gone([SHOUT]))
+    with pytest.raises(ToolServerError, match="gone"):
+        await run.execute(workspace, call("shout", {"text": "hi"}))
+
+
+def test_an_external_tool_with_the_name_of_another_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tool_server_url: its tool 'bash' has the name of a tool of the sandbox"):
+        executor().offer(ExternalToolbox([replace(SHOUT, name="bash")]))

@@ -43,6 +43,13 @@ async def test_oracle_makes_one_call_a_turn_and_then_says_that_it_is_done() -> N
     assert (conversation.rollout.rollout_id, conversation.rollout.segments) == ("t", [])
 
 
+async def test_a_text_of_the_reference_is_the_final_response() -> None:
+    conversation = policy_named("oracle").start("t", tools=[], reference=[ToolCall("a", "bash", {}), "forty-two"])
+    assert (await conversation.respond([{"role": "user", "content": ""}])).tool_calls
+    last = await conversation.respond([{"role": "tool", "tool_call_id": "a", "content": ""}])
+    assert (last.message["content"], last.tool_calls, last.finish_reason) == ("forty-two", (), "stop")
+
+
 async def test_an_empty_reference_is_a_solution_too() -> None:
     turn = await policy_named("oracle").start("t", tools=[], reference=[]).respond([{"role": "user", "content": ""}])
 

@@ -1,0 +1,265 @@
+"""The pool of slots over HTTP, so that another process can use it: a slot for each trajectory, and the tools of a model in it.
+
+    TOOL_EXECUTOR_TOKEN=secret python -m hermes_envs.tool_executor_server --port 9001 --local-slots 8
+
+    POST /execute            {"trajectory_id", "tool", "args", "timeout"?} -> {"success", "output", "error", "metadata"}
+    POST /release            {"trajectory_id", "reset_workspace"?} -> {"released"}
+    POST /artifacts/read     {"trajectory_id", "path", "encoding"?, "max_bytes"?, "include_sha256"?} -> content
+    POST /artifacts/list     {"trajectory_id", "path"?, "recursive"?, "max_entries"?} -> entries
+    POST /artifacts/archive  {"trajectory_id", "path"?, "format"?, "max_bytes"?, "max_entries"?} -> archive
+    GET  /status             -> counts of trajectories, calls and slots
+    GET  /health             -> {"status"}
+
+A trajectory gets its slot at its first call, and keeps it until it is released or was idle for too long. Every option is also
+a variable, `TOOL_EXECUTOR_*`. When it listens it prints `{"ready": true, "port": P}`. It stops on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from backends import BackendOptions, ToolBackend, create_tool_backend
+from backends.base import Slot
+from backends.errors import SandboxError
+from hermes_envs.errors import HermesEnvsError
+from hermes_envs.services.http_service import (
+    HttpService,
+    RefusalError,
+    Route,
+    announce,
+    result_json,
+    stop_signal,
+    unusable_json,
+)
+from hermes_envs.services.options import ServiceOptions
+from hermes_envs.tools.call import ToolCall, UnusableCallError
+from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
+from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.trajectory_slots import TrajectorySlots
+from hermes_envs.variables import Names
+from hermes_envs.workspace import Workspace
+from sandbox_image.protocol import (
+    DEFAULT_ARTIFACT_BYTES,
+    DEFAULT_ARTIFACT_ENTRIES,
+    MAX_TIMEOUT_S,
+    ExecutionResult,
+    ProtocolError,
+    Wire,
+)
+
+PREFIX = "TOOL_EXECUTOR_"
+ALIASES = {
+    "SLOTS": "local_slots",
+    "BATCH_WINDOW_MS": "tool_batch_window_ms",
+    "MAX_BATCH_SIZE": "tool_max_batch_size",
+}
+MAX_TRAJECTORY_ID_CHARS = 256
+
+
+class ToolExecutorServerOptions(ServiceOptions, BackendOptions, ToolOptions, ToolServerOptions):
+    """Options of the tool executor server."""
+
+    port: int = Field(9001, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
+    idle_timeout_s: float = Field(900.0, gt=0, description="How long a trajectory keeps its slot without a call, in seconds.")
+    enabled_toolsets: Names = Field(["full", "bash", "bash_stateful"], description="Toolsets that can be called.")
+    disabled_toolsets: Names = Field([], description="Toolsets whose tools are taken away again.")
+
+
+@dataclass(frozen=True)
+class TrajectoryMessage(Wire):
+    """A request about one trajectory."""
+
+    trajectory_id: str
+
+    def check(self) -> None:
+        """Refuse names that could not stand in a line of a log.
+
+        Raises:
+            ProtocolError: the name is empty, too long, or has characters that cannot be printed.
+        """
+        if not 1 <= len(self.trajectory_id) <= MAX_TRAJECTORY_ID_CHARS or not self.trajectory_id.isprintable():
+            raise ProtocolError(f"field 'trajectory_id' must have 1 to {MAX_TRAJECTORY_ID_CHARS} printable characters")
+
+
+@dataclass(frozen=True)
+class ExecuteMessage(TrajectoryMessage):
+    """Run a tool. `timeout` is in seconds."""
+
+    tool: str
+    args: dict[str, Any]
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class ReleaseMessage(TrajectoryMessage):
+    """Give the slot back. Without `reset_workspace` it is made fresh only when somebody else gets it."""
+
+    reset_workspace: bool = True
+
+
+@dataclass(frozen=True)
+class ReadMessage(TrajectoryMessage):
+    """Read one file of the workspace."""
+
+    path: str
+    encoding: Literal["text", "base64"] = "text"
+    max_bytes: int = DEFAULT_ARTIFACT_BYTES
+    include_sha256: bool = False
+
+
+@dataclass(frozen=True)
+class ListMessage(TrajectoryMessage):
+    """List a directory of the workspace."""
+
+    path: str = "."
+    recursive: bool = False
+    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+
+
+@dataclass(frozen=True)
+class ArchiveMessage(TrajectoryMessage):
+    """Pack a directory of the workspace."""
+
+    path: str = "."
+    format: Literal["tar.gz", "tgz"] = "tar.gz"
+    max_bytes: int = DEFAULT_ARTIFACT_BYTES
+    max_entries: int = DEFAULT_ARTIFACT_ENTRIES
+
+
+class ToolExecutorServer:
+    """Serves an executor and the slots of trajectories."""
+
+    def __init__(
+        self, backend: ToolBackend, executor: ToolExecutor, slots: TrajectorySlots, options: ToolExecutorServerOptions
+    ) -> None:
+        self._backend = backend
+        self._executor = executor
+        self._slots = slots
+        self._calls = self._running = 0
+        routes: dict[tuple[str, str], Route] = {
+            ("POST", "/execute"): (ExecuteMessage, self._execute),
+            ("POST", "/release"): (ReleaseMessage, self._release),
+            ("POST", "/artifacts/read"): (ReadMessage, self._read),
+            ("POST", "/artifacts/list"): (ListMessage, self._list),
+            ("POST", "/artifacts/archive"): (ArchiveMessage, self._archive),
+            ("GET", "/status"): (None, self._status),
+            ("GET", "/health"): (None, self._health),
+        }
+        self.service = HttpService(routes, options)
+
+    async def _execute(self, message: ExecuteMessage) -> dict[str, Any]:
+        message.check()
+        if message.timeout is not None and not 0 < message.timeout <= MAX_TIMEOUT_S:
+            raise ProtocolError(f"field 'timeout' must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
+        try:
+            call = self._executor.check(ToolCall.parse(secrets.token_hex(8), message.tool, message.args))
+        except UnusableCallError as problem:
+            return unusable_json(str(problem))
+        self._calls += 1
+        self._running += 1
+        try:
+            return result_json(await self._run(message, call))
+        finally:
+            self._running -= 1
+
+    async def _run(self, message: ExecuteMessage, call: ToolCall) -> ExecutionResult:
+        if self._executor.is_external(call.name):
+            return await self._executor.run_external(call, message.trajectory_id, timeout_s=message.timeout)
+        async with self._slots.use(message.trajectory_id) as slot:
+            return await self._executor.run(Workspace(self._backend, slot), call, timeout_s=message.timeout)
+
+    async def _release(self, message: ReleaseMessage) -> dict[str, Any]:
+        message.check()
+        return {"released": await self._slots.release(message.trajectory_id, reset_workspace=message.reset_workspace)}
+
+    @asynccontextmanager
+    async def _existing_slot(self, message: TrajectoryMessage) -> AsyncIterator[Slot]:
+        message.check()
+        async with self._slots.use(message.trajectory_id, acquire=False) as slot:
+            yield slot
+
+    async def _read(self, message: ReadMessage) -> dict[str, Any]:
+        async with self._existing_slot(message) as slot:
+            content = await self._backend.read_artifact(
+                slot,
+                message.path,
+                encoding=message.encoding,
+                max_bytes=message.max_bytes,
+                include_sha256=message.include_sha256,
+            )
+        return content.to_json()
+
+    async def _list(self, message: ListMessage) -> dict[str, Any]:
+        async with self._existing_slot(message) as slot:
+            listing = await self._backend.list_artifacts(
+                slot, message.path, recursive=message.recursive, max_entries=message.max_entries
+            )
+        return listing.to_json()
+
+    async def _archive(self, message: ArchiveMessage) -> dict[str, Any]:
+        async with self._existing_slot(message) as slot:
+            archive = await self._backend.archive_artifacts(
+                slot, message.path, max_bytes=message.max_bytes, max_entries=message.max_entries
+            )
+        return archive.to_json()
+
+    async def _status(self, _: None) -> dict[str, Any]:
+        return {
+            "trajectories": len(self._slots),
+            "calls": self._calls,
+            "calls_running": self._running,
+            "pool": asdict(self._backend.get_stats()),
+        }
+
+    async def _health(self, _: None) -> dict[str, Any]:
+        if not self._backend.get_stats().sandboxes:
+            raise RefusalError(503, "sandbox_unavailable", "there is no sandbox at the moment")
+        return {"status": "ok"}
+
+
+async def serve(options: ToolExecutorServerOptions) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: an option cannot work, or the address is taken.
+        SandboxError: there is no such backend in this version, or it does not start.
+        ToolServerError: the external tool server cannot be reached.
+    """
+    stop = stop_signal()
+    executor = ToolExecutor(Toolsets().resolve(options.enabled_toolsets, options.disabled_toolsets), options)
+    async with external_tools(options, ()) as external, create_tool_backend(options) as backend:
+        executor.offer(external)
+        slots = TrajectorySlots(backend, options.idle_timeout_s)
+        server = ToolExecutorServer(backend, executor, slots, options)
+        async with server.service.listening() as port:
+            announce(port)
+            await stop.wait()
+            server.service.closing = True
+            # Whoever still waits for a command is told that its slot is gone.
+            await slots.close()
+
+
+def main() -> int:
+    """Run until told to stop; the exit status."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", PREFIX, sys.argv[1:], os.environ, ALIASES)))
+    except (HermesEnvsError, SandboxError) as reason:
+        sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
