@@ -1,6 +1,6 @@
 """What a sandboxed tool call costs beside a bare process.
 
-    python benchmarks/tool_call.py [--seconds 40]
+    python benchmarks/tool_call.py [--seconds 20] [--full]
 
 Runs `sh -c true` in five ways that take turns, so that a busy machine disturbs all of them alike:
 
@@ -10,216 +10,223 @@ Runs `sh -c true` in five ways that take turns, so that a busy machine disturbs 
 - server, unix / tcp: the same by the asynchronous client that the local backend uses; several callers are tasks of one process
 - bubblewrap per call: a new box for each command, with the options that a slot's box has
 
-and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers on 8 slots. Needs
-bubblewrap.
+and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers, each in a slot of its own.
+With `--full` also with 64 callers, and then: the memory of idle slots, whether many slots in one server slow a call down, and
+how soon `true` answers beside a long command in the same batch. Needs bubblewrap.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import multiprocessing
-import os
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import (
+    COMMAND,
+    CallFailedError,
+    Measurement,
+    Moments,
+    SlotServer,
+    call_blocking,
+    call_of,
+    in_processes,
+    repeat,
+    repeat_async,
+    slot_server,
+    spawn,
+)
 
 from backends.client import SlotServerClient
-from backends.codec import EncodedCall
-from sandbox_image.protocol import ExecuteRequest
+from backends.codec import EncodedCall, Outcome
+from sandbox_image.protocol import ExecuteRequest, ResetRequest
 
-CALLERS = 8
+CALLERS = (1, 8)
+MANY_CALLERS = 64
+MANY_SLOTS = 256
 ROUNDS = 8
-COMMAND = ["/bin/sh", "-c", "true"]
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+LONG_COMMAND = "sleep 30"
 
-Way = Callable[[int, float], Awaitable[list[list[float]]]]
-"""Runs the command from a number of callers for some seconds; the seconds of each call of each caller."""
-
-
-@dataclass
-class Measurement:
-    """All that was measured of one way to run a command: seconds per call with one caller, and rates."""
-
-    alone: list[float] = field(default_factory=list)
-    rates: dict[int, list[float]] = field(default_factory=dict)
-
-    @property
-    def p50(self) -> float:
-        """The median time of a call with one caller, in seconds."""
-        return statistics.median(self.alone)
-
-    def rate(self, callers: int) -> float:
-        """Calls per second, the median over the rounds."""
-        return statistics.median(self.rates[callers])
+Way = Callable[[int, float], list[Moments]]
+"""Runs the command from a number of callers for some seconds."""
 
 
-def spawn_until(argv: list[str], deadline: float) -> list[float]:
-    """Spawn and wait for a command over and over; the seconds that each took."""
-    times = []
-    while (start := time.perf_counter()) < deadline:
-        os.waitpid(os.posix_spawn(argv[0], argv, ENVIRONMENT), 0)
-        times.append(time.perf_counter() - start)
-    return times
+def call_with_tasks(client_of: Callable[[], SlotServerClient], callers: int, seconds: float) -> list[Moments]:
+    """Call a slot server from as many tasks of this process as there are callers, each with its own slot."""
+
+    async def work(client: SlotServerClient, caller: int, deadline: float) -> Moments:
+        call = call_of(caller)
+        return await repeat_async(lambda: succeed(client, call), deadline)
+
+    async def run() -> list[Moments]:
+        async with client_of() as client:
+            deadline = time.perf_counter() + seconds
+            return await asyncio.gather(*(work(client, caller, deadline) for caller in range(callers)))
+
+    return asyncio.run(run())
 
 
-def call_until(socket_path: str, slot: int, deadline: float) -> list[float]:
-    """As `spawn_until`, through the HTTP API of a slot server: a blocking socket, no library."""
-    body = call_of(slot).body
-    request = f"POST /execute HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    times = []
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(socket_path)
-        while (start := time.perf_counter()) < deadline:
-            connection.sendall(request)
-            answer = connection.recv(65536)
-            head, _, result = answer.partition(b"\r\n\r\n")
-            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-            while len(result) < length:
-                result += connection.recv(65536)
-            outcome = json.loads(result)
-            times.append(time.perf_counter() - start)
-            assert outcome["success"], outcome
-    return times
+async def succeed(client: SlotServerClient, call: EncodedCall) -> None:
+    """Run a tool that succeeds."""
+    result = await client.execute(call)
+    if not result.success:
+        raise CallFailedError(str(result))
 
 
-async def in_processes(work: Callable[[int, float], list[float]], callers: int, seconds: float) -> list[list[float]]:
-    """Let each caller work until a deadline in a process of its own: no interpreter lock stands between them."""
-    if callers == 1:
-        return [work(0, time.perf_counter() + seconds)]
-    context = multiprocessing.get_context("fork")
-    times = context.SimpleQueue()
-    start = context.Barrier(callers)
+def ways_to_call(server: SlotServer, bubblewrap: tuple[str, ...]) -> dict[str, Way]:
+    """All that is compared, by name."""
 
-    def run(caller: int) -> None:
-        start.wait()
-        times.put(work(caller, time.perf_counter() + seconds))
+    def over_unix() -> SlotServerClient:
+        return SlotServerClient(unix_socket=server.unix_socket)
 
-    workers = [context.Process(target=run, args=(caller,)) for caller in range(callers)]
-    for worker in workers:
-        worker.start()
-    taken = [times.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return taken
+    def over_tcp() -> SlotServerClient:
+        return SlotServerClient(url=f"http://127.0.0.1:{server.port}")
 
+    def spawn_until(argv: tuple[str, ...], deadline: float) -> Moments:
+        return repeat(lambda: spawn(argv), deadline)
 
-async def spawn(argv: list[str], callers: int, seconds: float) -> list[list[float]]:
-    """Spawn a command from several callers."""
-    return await in_processes(lambda caller, deadline: spawn_until(argv, deadline), callers, seconds)
+    def socket_until(caller: int, deadline: float) -> Moments:
+        return call_blocking(server, caller, deadline)
+
+    return {
+        "bare": lambda callers, share: in_processes(lambda _, end: spawn_until(COMMAND, end), callers, share),
+        "server, socket": lambda callers, share: in_processes(socket_until, callers, share),
+        "server, unix": lambda callers, share: call_with_tasks(over_unix, callers, share),
+        "server, tcp": lambda callers, share: call_with_tasks(over_tcp, callers, share),
+        "bubblewrap per call": lambda callers, share: in_processes(lambda _, end: spawn_until(bubblewrap, end), callers, share),
+    }
 
 
-def call_of(slot: int) -> EncodedCall:
-    """The request of caller number `slot`."""
-    return EncodedCall.of(ExecuteRequest(f"slot_{slot}", "bash", {"command": "true"}, timeout=30.0))
-
-
-async def call_server(client: SlotServerClient, callers: int, seconds: float) -> list[list[float]]:
-    """Call a slot server from as many tasks as there are callers, each with its own slot."""
-    deadline = time.perf_counter() + seconds
-
-    async def work(slot: int) -> list[float]:
-        call = call_of(slot)
-        times = []
-        while (start := time.perf_counter()) < deadline:
-            result = await client.execute(call)
-            times.append(time.perf_counter() - start)
-            assert result.success, result
-        return times
-
-    return await asyncio.gather(*map(work, range(callers)))
-
-
-async def call_blocking(socket_path: str, callers: int, seconds: float) -> list[list[float]]:
-    """Call a slot server as `spawn` spawns: blocking, each caller in a process of its own."""
-    return await in_processes(lambda caller, deadline: call_until(socket_path, caller, deadline), callers, seconds)
-
-
-@contextmanager
-def slot_server(directory: Path) -> Iterator[tuple[int, str]]:
-    """A slot server; its port and the path of its unix socket."""
-    socket_path = str(directory / "socket")
-    command = [sys.executable, "-m", "sandbox_image.server", "--die-with-parent", "--slots", str(CALLERS), "--port", "0"]
-    command += ["--unix-socket", socket_path, "--data-dir", str(directory / "data")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            sys.exit("the slot server did not start")
-        yield json.loads(line)["port"], socket_path
-        process.terminate()
-
-
-async def measure(directory: Path, seconds: float) -> dict[str, Measurement]:
-    """Let every way have its turn, again and again."""
-    with slot_server(directory) as (port, socket_path):
-        async with (
-            SlotServerClient(unix_socket=Path(socket_path)) as over_unix,
-            SlotServerClient(url=f"http://127.0.0.1:{port}") as over_tcp,
-        ):
-            ways: dict[str, Way] = {
-                "bare": lambda callers, share: spawn(COMMAND, callers, share),
-                "server, socket": lambda callers, share: call_blocking(socket_path, callers, share),
-                "server, unix": lambda callers, share: call_server(over_unix, callers, share),
-                "server, tcp": lambda callers, share: call_server(over_tcp, callers, share),
-                "bubblewrap per call": lambda callers, share: spawn(bubblewrap(directory), callers, share),
-            }
-            results = {name: Measurement() for name in ways}
-            share = seconds / (2 * ROUNDS * len(ways))
-            for way in ways.values():
-                await way(CALLERS, 0.1)
-            for _ in range(ROUNDS):
-                for callers in (1, CALLERS):
-                    for name, way in ways.items():
-                        times = await way(callers, share)
-                        rate = sum(len(own) / sum(own) for own in times)
-                        results[name].rates.setdefault(callers, []).append(rate)
-                        if callers == 1:
-                            results[name].alone += times[0]
-    return results
-
-
-def bubblewrap(directory: Path) -> list[str]:
+def bubblewrap_command(directory: Path) -> tuple[str, ...]:
     """The command line of a box that runs one command."""
     program = shutil.which("bwrap")
     if program is None:
         sys.exit("bubblewrap is not installed")
     workspace = directory / "workspace"
-    workspace.mkdir(exist_ok=True)
+    workspace.mkdir()
     links = [word for name in ("bin", "lib", "lib64") for word in ("--symlink", f"usr/{name}", f"/{name}")]
     closed = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/usr", "/usr", *links]
     writable = ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(workspace), "/workspace"]
-    return [program, *closed, *writable, "--remount-ro", "/", "--chdir", "/workspace", "--", *COMMAND]
+    return (program, *closed, *writable, "--remount-ro", "/", "--chdir", "/workspace", "--", *COMMAND)
+
+
+def measure(directory: Path, callers: Sequence[int], seconds: float) -> dict[str, Measurement]:
+    """Let every way have its turn, again and again."""
+    with slot_server(directory / "server", max(callers)) as server:
+        ways = ways_to_call(server, bubblewrap_command(directory))
+        results = {name: Measurement() for name in ways}
+        share = seconds / (ROUNDS * len(ways))
+        for way in ways.values():
+            way(max(callers), 0.1)
+        for _ in range(ROUNDS):
+            for count in callers:
+                for name, way in ways.items():
+                    results[name].add(way(count, share))
+    return results
+
+
+def table(results: dict[str, Measurement], callers: Sequence[int]) -> str:
+    """The results, each beside the bare spawn."""
+    bare = results["bare"]
+    several = [count for count in callers if count > 1]
+    head = "".join(f"{f'calls/s, {count}':>13}{'of bare':>9}" for count in several)
+    rows = [f"{'':22}{'p50 ms':>9}{'x bare':>9}{'calls/s, 1':>13}{head}"]
+    for name, result in results.items():
+        rates = "".join(f"{result.rate(count):13.0f}{result.rate(count) / bare.rate(count):9.2f}" for count in several)
+        rows.append(f"{name:22}{result.p50 * 1000:9.3f}{result.p50 / bare.p50:9.2f}{result.rate(1):13.0f}{rates}")
+    return "\n".join(rows)
+
+
+def idle_memory(directory: Path) -> str:
+    """What idle slots hold: the proportional set size of all processes but the server itself."""
+    with slot_server(directory / "idle", MANY_CALLERS) as server:
+        call_with_tasks(lambda: SlotServerClient(unix_socket=server.unix_socket), MANY_CALLERS, 0.1)
+        boxes = sum(proportional_kib(process) for process in descendants(server.pid))
+        own = proportional_kib(server.pid)
+    return f"{MANY_CALLERS} idle slots: {boxes / MANY_CALLERS:.0f} KiB of PSS each, and {own / 1024:.1f} MiB for the server"
+
+
+def proportional_kib(pid: int) -> int:
+    """The memory of a process in KiB, what it shares with others divided among them (PSS)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that a process has started, and those that they have."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def crowding(directory: Path, seconds: float) -> str:
+    """A call in a server with one slot beside the same call in a server with many."""
+    results = {1: Measurement(), MANY_SLOTS: Measurement()}
+    with ExitStack() as stack:
+        servers = {slots: stack.enter_context(slot_server(directory / f"slots-{slots}", slots)) for slots in results}
+        share = seconds / (2 * ROUNDS)
+        for _ in range(ROUNDS):
+            for slots, server in servers.items():
+                results[slots].add([call_blocking(server, 0, time.perf_counter() + share)])
+    one, many = results[1].p50 * 1000, results[MANY_SLOTS].p50 * 1000
+    return f"p50 in a server of {MANY_SLOTS} slots: {many:.3f} ms, of 1 slot: {one:.3f} ms, ratio {many / one:.2f}"
+
+
+async def beside_a_long_command(server: SlotServer) -> float:
+    """Seconds until `true` has answered in a streamed batch whose other command goes on."""
+    loop = asyncio.get_running_loop()
+    answered: asyncio.Future[float] = loop.create_future()
+
+    def deliver(index: int, outcome: Outcome) -> None:
+        if index == 1:
+            answered.set_result(time.perf_counter())
+
+    # Without names the client would not ask again for what a broken connection has lost.
+    requests = [
+        ExecuteRequest("slot_0", "bash", {"command": LONG_COMMAND}, execution_id=f"long {time.monotonic_ns()}"),
+        ExecuteRequest("slot_1", "bash", {"command": "true"}, execution_id=f"short {time.monotonic_ns()}"),
+    ]
+    async with SlotServerClient(unix_socket=server.unix_socket) as client:
+        start = time.perf_counter()
+        batch = asyncio.create_task(client.execute_many([EncodedCall.of(request) for request in requests], deliver))
+        taken = await answered - start
+        if batch.done():
+            raise CallFailedError("the long command did not last")
+        await client.reset(ResetRequest("slot_0"))
+        await batch
+    return taken
+
+
+def neighbours(directory: Path) -> str:
+    """How soon a fast command answers that shares its batch with a slow one."""
+    with slot_server(directory / "batch", 2) as server:
+        times = [asyncio.run(beside_a_long_command(server)) * 1000 for _ in range(ROUNDS * 4)]
+    return f"true beside `{LONG_COMMAND}` in one batch: p50 {statistics.median(times):.1f} ms, at most {max(times):.1f} ms"
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40.0, help="for everything together")
-    seconds = parser.parse_args().seconds
-    with tempfile.TemporaryDirectory(prefix="tool-call-") as directory:
-        results = asyncio.run(measure(Path(directory), seconds))
-    bare = results["bare"]
-    rows = [f"{'':22}{'p50 ms':>9}{'x bare':>9}{'calls/s, 1':>13}{f'calls/s, {CALLERS}':>13}{'of bare':>9}"]
-    for name, result in results.items():
-        many = result.rate(CALLERS)
-        rows.append(
-            f"{name:22}{result.p50 * 1000:9.3f}{result.p50 / bare.p50:9.2f}"
-            f"{result.rate(1):13.0f}{many:13.0f}{many / bare.rate(CALLERS):9.2f}"
-        )
-    sys.stdout.write("\n".join(rows) + "\n")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each number of callers")
+    parser.add_argument(
+        "--full", action="store_true", help="also 64 callers, memory, many slots, and a batch with a long command"
+    )
+    arguments = parser.parse_args()
+    callers = (*CALLERS, MANY_CALLERS) if arguments.full else CALLERS
+    with tempfile.TemporaryDirectory(prefix="tool-call-") as name:
+        directory = Path(name)
+        sys.stdout.write(table(measure(directory, callers, arguments.seconds), callers) + "\n")
+        if arguments.full:
+            crowded = crowding(directory, arguments.seconds / 2)
+            sys.stdout.write("\n".join((idle_memory(directory), crowded, neighbours(directory))) + "\n")
 
 
 if __name__ == "__main__":
