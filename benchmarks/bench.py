@@ -170,7 +170,9 @@ def slot_server(directory: Path, slots: int) -> Iterator[SlotServer]:
                 sys.exit("the slot server did not start")
             yield SlotServer(process.pid, json.loads(line)["port"], unix_socket)
         finally:
+            # Leaving the block would not wait if it is a Ctrl-C that ends it.
             process.terminate()
+            process.wait()
 
 
 def call_of(slot: int) -> EncodedCall:
