@@ -39,8 +39,16 @@ Work = Callable[[int, float], Moments]
 """Calls over and over until a deadline, as the caller of some number."""
 
 
-class CallFailedError(Exception):
-    """A command that should have succeeded did not: the figures would mean nothing."""
+class BenchError(Exception):
+    """Something cannot be measured, and why."""
+
+
+class CallFailedError(BenchError):
+    """A command that should have succeeded did not: the figures of its turn would mean nothing."""
+
+
+class UnavailableError(BenchError):
+    """Something that is to be measured cannot be had here."""
 
 
 @dataclass
@@ -107,7 +115,11 @@ def spawn(argv: tuple[str, ...], environment: Mapping[str, str] = ENVIRONMENT) -
 
 
 def in_processes(work: Work, callers: int, seconds: float) -> list[Moments]:
-    """Let each caller work for some seconds in a process of its own: no interpreter lock stands between them."""
+    """Let each caller work for some seconds in a process of its own: no interpreter lock stands between them.
+
+    Raises:
+        CallFailedError: as the first caller that failed did.
+    """
     if callers == 1:
         return [work(0, time.perf_counter() + seconds)]
     context = multiprocessing.get_context("fork")
@@ -123,7 +135,10 @@ def in_processes(work: Work, callers: int, seconds: float) -> list[Moments]:
             signal.signal(number, signal.SIG_DFL)
         gathered.wait()
         time.sleep(max(0.0, start.value - time.perf_counter()))
-        answer.send(work(caller, start.value + seconds))
+        try:
+            answer.send(work(caller, start.value + seconds))
+        except CallFailedError as error:
+            answer.send(error)
 
     workers, answers = [], []
     try:
@@ -134,13 +149,20 @@ def in_processes(work: Work, callers: int, seconds: float) -> list[Moments]:
             theirs.close()
             workers.append(worker)
             answers.append(answer)
-        return [answer.recv() for answer in answers]
+        return [moments_of(answer.recv()) for answer in answers]
     except EOFError:
-        raise CallFailedError("a caller failed, see above") from None
+        raise CallFailedError("a caller died, see above") from None
     finally:
         for worker in workers:
             worker.kill()
             worker.join()
+
+
+def moments_of(answer: Moments | CallFailedError) -> Moments:
+    """What a caller has measured; or what it failed of is raised here."""
+    if isinstance(answer, CallFailedError):
+        raise answer
+    return answer
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ def slot_server(directory: Path, slots: int) -> Iterator[SlotServer]:
         try:
             line = process.stdout.readline()
             if not line:
-                sys.exit("the slot server did not start")
+                raise UnavailableError("the slot server did not start")
             yield SlotServer(process.pid, json.loads(line)["port"], unix_socket)
         finally:
             # Leaving the block would not wait if it is a Ctrl-C that ends it.

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from bench import Measurement, in_processes
-from docker_engine import UnavailableError, docker_engine
+from bench import BenchError, Measurement, in_processes
+from docker_engine import docker_engine
 from peers import (
     FEW,
     MANY,
@@ -51,10 +51,22 @@ Opened = TypeVar("Opened")
 
 @dataclass
 class Result:
-    """What was measured of one way."""
+    """What was measured of one way, and how many of its turns failed."""
 
     calls: Measurement = field(default_factory=Measurement)
     fresh: list[float] = field(default_factory=list)
+    failed: int = 0
+
+    def take_turn(self, way: Way, callers: int | None) -> None:
+        """Measure calls by a number of callers, or a fresh sandbox."""
+        try:
+            if callers is None:
+                self.fresh.append(way.fresh())
+            else:
+                self.calls.add(in_processes(way.work, callers, TURN_S))
+        except BenchError as error:
+            say(f"a turn of {way.name} failed: {error}")
+            self.failed += 1
 
 
 def attempt(stack: ExitStack, name: str, context: AbstractContextManager[Opened]) -> Opened | None:
@@ -62,7 +74,7 @@ def attempt(stack: ExitStack, name: str, context: AbstractContextManager[Opened]
     say(f"preparing {name}")
     try:
         return stack.enter_context(context)
-    except UnavailableError as reason:
+    except BenchError as reason:
         say(f"skipped: {name}: {reason}")
         return None
 
@@ -86,29 +98,31 @@ def open_ways(stack: ExitStack, directory: Path, image: str | None) -> tuple[lis
 def race(ways: list[Way], seconds: float) -> dict[str, Result]:
     """Let every way have its turns, round after round."""
     results = {way.name: Result() for way in ways}
-    turns = [(way.name, way.work, callers) for way in ways if way.work is not None for callers in way.callers]
+    turns = [(way, callers) for way in ways for callers in (None, *way.callers)]
     # What the peers' packages have left in this process would slow down the collector in every caller.
     gc.freeze()
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         say(f"{left:.0f} s left")
-        for name, work, callers in random.sample(turns, len(turns)):
-            results[name].calls.add(in_processes(work, callers, TURN_S))
-        for way in random.sample(ways, len(ways)):
-            results[way.name].fresh.append(way.fresh())
+        for way, callers in random.sample(turns, len(turns)):
+            results[way.name].take_turn(way, callers)
     return results
 
 
 def table(ways: list[Way], results: dict[str, Result]) -> str:
     """The results in markdown; ratios are to the first way."""
-    base = results[ways[0].name]
+    unit = results[ways[0].name].calls.p50
     heads = ["way", "isolates", "p50 ms", "x bare", "calls/s, 1", f"calls/s, {FEW}", f"calls/s, {MANY}"]
-    rows = [[*heads, "fresh sandbox, ms", "x bare"], ["---"] * 2 + ["---:"] * (len(heads))]
+    rows = [[*heads, "fresh sandbox, ms", "x bare"], ["---"] * 2 + ["---:"] * len(heads)]
     for way in ways:
-        calls, fresh = results[way.name].calls, statistics.median(results[way.name].fresh)
-        p50 = [f"{calls.p50 * 1000:.2f}", f"{calls.p50 / base.calls.p50:.2f}"] if calls.alone else ["", ""]
-        rates = [f"{calls.rate(count):.0f}" if count in calls.rates else "" for count in (1, FEW, MANY)]
-        rows.append([way.name, way.isolates, *p50, *rates, f"{fresh * 1000:.1f}", f"{fresh / base.calls.p50:.1f}"])
+        result = results[way.name]
+        name = f"{way.name} ({result.failed} turns failed)" if result.failed else way.name
+        rates = [f"{result.calls.rate(count):.0f}" if count in result.calls.rates else "" for count in (1, FEW, MANY)]
+        p50, fresh = (
+            [f"{statistics.median(times) * 1000:.2f}", f"{statistics.median(times) / unit:.2f}"] if times else ["", ""]
+            for times in (result.calls.alone, result.fresh)
+        )
+        rows.append([name, way.isolates, *p50, *rates, *fresh])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -136,6 +150,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="compare-") as name, ExitStack() as stack:
             ways, machine = open_ways(stack, Path(name), arguments.image)
             results = race(ways, arguments.seconds)
+    except BenchError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED

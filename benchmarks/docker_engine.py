@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import CallFailedError, spawn
+from bench import CallFailedError, UnavailableError, spawn
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -35,10 +35,6 @@ for name in etc opt; do
 done
 exec dockerd "$@"
 """
-
-
-class UnavailableError(Exception):
-    """Something that is compared cannot run here, and why."""
 
 
 def run(*command: str | Path) -> str:
@@ -151,6 +147,8 @@ def docker_engine(directory: Path, image: str | None) -> Iterator[DockerEngine]:
         try:
             if image is None:
                 import_image(engine, directory / "image")
+            else:
+                run(docker, "image", "inspect", "--format", "{{.Id}}", image)
             yield engine
         finally:
             engine.remove_all()

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from bench import (
     CallFailedError,
     Moments,
     PlainClient,
+    UnavailableError,
     Work,
     call_blocking,
     call_of,
@@ -36,7 +37,7 @@ from bench import (
     slot_server,
     spawn,
 )
-from docker_engine import DockerEngine, EngineApi, UnavailableError, run
+from docker_engine import DockerEngine, EngineApi, run
 
 from backends.client import SlotServerClient
 from backends.codec import encode
@@ -44,6 +45,8 @@ from sandbox_image.protocol import ResetRequest
 
 if TYPE_CHECKING:
     from swerex.runtime.remote import RemoteRuntime
+
+    RexCall = Callable[[RemoteRuntime, int], Awaitable[None]]
 
 FEW, MANY = 8, 64
 TOKEN = "compare"
@@ -62,7 +65,7 @@ class Way:
     name: str
     isolates: str
     fresh: Callable[[], float]
-    work: Work | None = None
+    work: Work
     callers: Sequence[int] = (1, FEW)
 
 
@@ -127,7 +130,7 @@ def hermes_envs(directory: Path) -> Iterator[list[Way]]:
         yield [
             Way("hermes-envs, plain socket", everything, fresh_blocking, blocking, callers),
             Way("hermes-envs, its client", everything, lambda: asyncio.run(fresh()), in_loop(work), callers),
-            Way("hermes-envs, server included", everything, fresh_server),
+            Way("hermes-envs, server included", everything, fresh_server, blocking, ()),
         ]
 
 
@@ -151,7 +154,7 @@ def installed_peers(directory: Path) -> Iterator[Path]:
     os.environ |= {
         "MSWEA_SILENT_STARTUP": "1",
         "MSWEA_GLOBAL_CONFIG_DIR": str(directory / "mini-swe-agent"),
-        "SWE_REX_LOG_STREAM_LEVEL": "ERROR",
+        "SWE_REX_LOG_STREAM_LEVEL": "100",
     }
     sys.path.insert(0, packages)
     try:
@@ -171,7 +174,10 @@ def swe_rex_server(programs: Path) -> Iterator[RemoteRuntime]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             runtime = RemoteRuntime(host="http://127.0.0.1", port=port, auth_token=TOKEN)
-            asyncio.run(runtime.wait_until_alive())
+            try:
+                asyncio.run(runtime.wait_until_alive())
+            except TimeoutError as error:
+                raise UnavailableError("a SWE-ReX server does not start") from error
             yield runtime
             asyncio.run(runtime.close())
         finally:
@@ -182,6 +188,7 @@ def swe_rex_server(programs: Path) -> Iterator[RemoteRuntime]:
 @contextmanager
 def swe_rex(programs: Path) -> Iterator[list[Way]]:
     """SWE-ReX: a server for each of 8 callers, shared by more; single commands, and commands in a shell that stays."""
+    from swerex.exceptions import SwerexException
     from swerex.runtime.abstract import BashAction, Command, CreateBashSessionRequest
 
     command = Command(command=list(COMMAND), check=True)
@@ -195,31 +202,40 @@ def swe_rex(programs: Path) -> Iterator[list[Way]]:
         async def open_all() -> None:
             await asyncio.gather(*(open_sessions(runtimes[first], range(first, MANY, FEW)) for first in range(FEW)))
 
-        async def execute(caller: int, deadline: float) -> Moments:
-            return await repeat_async(lambda: runtimes[caller % FEW].execute(command), deadline)
+        async def execute(runtime: RemoteRuntime, caller: int) -> None:
+            await runtime.execute(command)
 
-        async def run_in_session(caller: int, deadline: float) -> Moments:
-            action = BashAction(command="true", session=str(caller))
-            return await repeat_async(lambda: runtimes[caller % FEW].run_in_session(action), deadline)
+        async def run_in_session(runtime: RemoteRuntime, caller: int) -> None:
+            try:
+                await runtime.run_in_session(BashAction(command="true", session=str(caller)))
+            except SwerexException as error:
+                # It gives its shell 0.1 s for a prompt, which a busy machine may not keep.
+                raise CallFailedError(f"SWE-ReX: {error}") from error
+
+        def work_of(call: RexCall) -> Work:
+            async def work(caller: int, deadline: float) -> Moments:
+                return await repeat_async(lambda: call(runtimes[caller % FEW], caller), deadline)
+
+            return in_loop(work)
 
         def fresh() -> float:
             start = time.perf_counter()
             with swe_rex_server(programs) as runtime:
-                asyncio.run(runtime.execute(command))
+                asyncio.run(execute(runtime, 0))
                 return time.perf_counter() - start
 
         def fresh_session() -> float:
             start = time.perf_counter()
             with swe_rex_server(programs) as runtime:
                 asyncio.run(open_sessions(runtime, [0]))
-                asyncio.run(runtime.run_in_session(BashAction(command="true", session="0")))
+                asyncio.run(run_in_session(runtime, 0))
                 return time.perf_counter() - start
 
         asyncio.run(open_all())
         callers = (1, FEW, MANY)
         yield [
-            Way("SWE-ReX execute", "nothing", fresh, in_loop(execute), callers),
-            Way("SWE-ReX run_in_session", "nothing", fresh_session, in_loop(run_in_session), callers),
+            Way("SWE-ReX execute", "nothing", fresh, work_of(execute), callers),
+            Way("SWE-ReX run_in_session", "nothing", fresh_session, work_of(run_in_session), callers),
         ]
 
 
@@ -261,7 +277,10 @@ def mini_swe_docker(engine: DockerEngine) -> Iterator[list[Way]]:
     from minisweagent.environments.docker import DockerEnvironment
 
     def start() -> DockerEnvironment:
-        return DockerEnvironment(logger=QUIET, image=engine.image, executable=engine.docker, run_args=engine.run_options)
+        try:
+            return DockerEnvironment(logger=QUIET, image=engine.image, executable=engine.docker, run_args=engine.run_options)
+        except subprocess.CalledProcessError as error:
+            raise UnavailableError(error.stderr.strip()) from error
 
     def discard(environment: DockerEnvironment) -> None:
         # Its own way leaves `docker stop` in the background, which would run beside the next way for 10 s.
