@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import codecs
 import errno
 import os
@@ -95,10 +94,10 @@ def _decode(arguments: WriteFileArguments) -> bytes:
         if arguments.encoding == "base64":
             return base64.b64decode(arguments.content, validate=True)
         return arguments.content.encode("utf-8", "surrogateescape")
-    except binascii.Error as error:
-        raise ToolError(f"content: not base64: {error}") from error
     except UnicodeEncodeError as error:
         raise ToolError(f"content: contains a lone surrogate at character {error.start}, which is not text") from error
+    except ValueError as error:
+        raise ToolError(f"content: not base64: {error}") from error
 
 
 def _mode(path: str, name: str, directory: int, executable: bool | None) -> int:

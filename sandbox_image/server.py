@@ -100,7 +100,8 @@ class SlotServer:
         def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=MAX_REQUEST_BYTES)
 
-        return web.Server(self._answer, request_factory=request, access_log=None)
+        # A few bytes of a compressed body can stand for very many, and requests are small.
+        return web.Server(self._answer, request_factory=request, access_log=None, auto_decompress=False)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
