@@ -112,8 +112,12 @@ class ToolBackend(ABC):
         """
 
     @abstractmethod
-    async def reset(self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> None:
+    async def reset(
+        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+    ) -> None:
         """Kill everything in the slot and give it a new box and workspace; `slot.lease` is renewed in place.
+
+        `network` says whether it reaches the network then; None is as `acquire` gives it.
 
         Raises:
             SnapshotError: the snapshot is gone, or in another sandbox than the slot.

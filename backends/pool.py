@@ -64,7 +64,7 @@ class SlotPool:
     def __init__(self, *, acquire_timeout_s: float, network: bool, on_demand: Callable[[], None]) -> None:
         """`on_demand` is called whenever somebody has to wait: the backend adds a sandbox if it may.
 
-        `network` says whether slots can reach the network; while a layer is built they always can.
+        `network` says whether slots can reach the network, unless a reset says otherwise. While a layer is built they can.
         """
         self._acquire_timeout_s = acquire_timeout_s
         self._network = network
@@ -161,12 +161,12 @@ class SlotPool:
         else:
             self._offer(place)
 
-    async def reset(self, slot: Slot, start: Start) -> None:
+    async def reset(self, slot: Slot, start: Start, network: bool | None) -> None:
         """As `ToolBackend.reset`."""
         sandbox = self.sandbox_of(slot)
         if isinstance(start, Snapshot) and start.sandbox_id != sandbox.sandbox_id:
             raise SnapshotError(f"the snapshot is in {start.sandbox_id}, the slot in {sandbox.sandbox_id}")
-        failure = await self._reset_to(sandbox, slot, start, network=self._network)
+        failure = await self._reset_to(sandbox, slot, start, network=self._network if network is None else network)
         if failure is not None:
             raise failure
 

@@ -17,6 +17,7 @@ from backends.errors import SandboxUnavailableError
 from backends.pool import SlotPool
 from backends.sandbox import Sandbox
 from sandbox_image.defences import REMEDIES
+from sandbox_image.network import Destination
 from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
@@ -44,7 +45,13 @@ class PoolOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     acquire_timeout_s: float = Field(300.0, gt=0, description="Longest wait for a free slot, in seconds.")
-    allow_network: bool = Field(False, description="Whether slots reach the network; layers are always built with it.")
+    allow_network: bool = Field(
+        False, description="Whether the agent's slots reach the internet, by HTTP and HTTPS; layers are always built with it."
+    )
+    network_allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="`HOST` or `HOST:PORT` outside of the internet that slots with network reach, such as a package index.",
+    )
     require_sandbox: bool = Field(True, description="Refuse to start without isolation.")
     workspace_bytes: int = Field(WORKSPACE_BYTES, ge=1, description="What a slot may write, beside what its layer holds.")
     workspace_inodes: int = Field(WORKSPACE_INODES, ge=100, description="How many files and directories it may make.")
@@ -65,6 +72,13 @@ class PoolOptions(BaseModel):
         description="Defences without which no sandbox starts, beside the basics of isolation; see `hermes-envs doctor`.",
     )
 
+    @field_validator("network_allowed_hosts")
+    @classmethod
+    def _destinations(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            Destination.parse(host)
+        return hosts
+
     @field_validator("required_defences")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
@@ -81,6 +95,8 @@ class PoolOptions(BaseModel):
             arguments.append("--workspaces-on-disk")
         if self.layer_bytes is not None:
             arguments += ["--layer-bytes", str(self.layer_bytes)]
+        for host in self.network_allowed_hosts:
+            arguments += ["--network-allow", host]
         for name in self.required_defences:
             arguments += ["--require", name]
         return arguments
@@ -132,9 +148,11 @@ class PooledBackend(ToolBackend):
         if self._pool is not None:
             self._pool.release(slot, reset_workspace=reset_workspace)
 
-    async def reset(self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> None:
+    async def reset(
+        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+    ) -> None:
         """See `ToolBackend.reset`."""
-        await self._running_pool().reset(slot, _start(layer, start_from))
+        await self._running_pool().reset(slot, _start(layer, start_from), network)
 
     async def snapshot(self, slot: Slot) -> Snapshot:
         """See `ToolBackend.snapshot`."""

@@ -245,7 +245,7 @@ class SweSmithEnv(AgentEnv):
             details["patch"] = patch.decode("utf-8", errors="replace")[:_SHOWN_PATCH_CHARS]
             if not patch:
                 return Score(0.0, "nothing was changed", details)
-            await workspace.reset(environments.grading.layer(self.backend))
+            await workspace.reset_for_grading(environments.grading.layer(self.backend))
             files, modules = await list_files(workspace), await installed_modules(workspace)
             applied = await apply_patch(workspace, patch, Protection.of_task(self._tests(item), item.patch, files, modules))
         except PatchError as reason:
@@ -268,7 +268,7 @@ class SweSmithEnv(AgentEnv):
 
     async def _require_failing_tests(self, item: SweTask, environments: Environments, workspace: Workspace) -> None:
         """The `nop` policy validates a task set: a task whose tests pass without a fix would reward anything."""
-        await workspace.reset(environments.grading.layer(self.backend))
+        await workspace.reset_for_grading(environments.grading.layer(self.backend))
         run = await run_tests(workspace, self._tests(item), self.config.test_timeout_s)
         if run.problem is None and not run.failures(item.fail_to_pass):
             raise EnvironmentBuildError("its tests pass without a fix")

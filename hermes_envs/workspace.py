@@ -40,6 +40,10 @@ class Workspace:
         """Kill everything in the slot and start again from the layer or the snapshot."""
         await self.backend.reset(self.slot, layer=layer, start_from=start_from)
 
+    async def reset_for_grading(self, layer: Layer | None) -> None:
+        """Kill everything in the slot and start again from the layer, without network whatever the agent had."""
+        await self.backend.reset(self.slot, layer=layer, network=False)
+
     async def snapshot(self) -> Snapshot:
         """Keep a copy of the files, from which other slots of the sandbox can start, until it is discarded."""
         return await self.backend.snapshot(self.slot)

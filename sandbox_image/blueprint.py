@@ -16,6 +16,7 @@ from sandbox_image import compile_init, seccomp
 from sandbox_image.cgroups import ControlGroups, SlotGroup
 from sandbox_image.errors import StartupError
 from sandbox_image.mounts import Stage
+from sandbox_image.network import ENVIRONMENT, NetworkPolicy
 from sandbox_image.protocol import WORKSPACE
 
 Isolation = Literal["bubblewrap", "none"]
@@ -49,7 +50,6 @@ _ETC = (
     "/etc/protocols",
     "/etc/services",
 )
-_ETC_WITH_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 _NEEDED_OPTIONS = ("--as-pid-1", "--die-with-parent", "--new-session", "--size", "--remount-ro", "--unshare-cgroup-try")
 # Not a place to show something else at: the box has its own there.
 _RESERVED = ("/proc", "/dev", "/run", "/etc", WORKSPACE)
@@ -91,6 +91,7 @@ class Blueprint:
     prefix: str
     compiled_init: bool
     required: tuple[str, ...]
+    policy: NetworkPolicy
     bubblewrap: str = ""
     options: frozenset[str] = field(default_factory=frozenset)
     seccomp_filter: bytes | None = None
@@ -105,6 +106,7 @@ class Blueprint:
         *,
         keep: Sequence[str] = (),
         required: Sequence[str] = (),
+        policy: NetworkPolicy,
     ) -> Blueprint:
         """Look at the machine and make everything reachable that boxes show.
 
@@ -137,6 +139,7 @@ class Blueprint:
             prefix=prefix,
             compiled_init=compiled,
             required=tuple(required),
+            policy=policy,
             bubblewrap=bubblewrap,
             options=options,
             seccomp_filter=None if isolation == "none" else seccomp.filter_of_this_machine(),
@@ -162,7 +165,7 @@ class Blueprint:
         seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{root}{WORKSPACE}"
         return Place(directory, root, uid, seen_as, self.groups.slot(index))
 
-    def argv(self, place: Place, *, network: bool, control: int, output: int, seccomp_filter: int | None) -> list[str]:
+    def argv(self, place: Place, *, control: int, output: int, seccomp_filter: int | None) -> list[str]:
         """The command line of a box whose init talks over two inherited descriptors.
 
         `seccomp_filter` is a third one, from which bubblewrap reads the filter, if there is one.
@@ -175,7 +178,7 @@ class Blueprint:
             if self.prefix in self.shown:
                 interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
             return [interpreter, *init]
-        box = [self.bubblewrap, *self._box_options(place, network)]
+        box = [self.bubblewrap, *self._box_options(place)]
         if seccomp_filter is not None:
             box += ["--seccomp", str(seccomp_filter)]
         if self.compiled_init:
@@ -204,7 +207,7 @@ class Blueprint:
         """A path below the slots' directory as the user of a slot reaches it."""
         return f"{self.stage.source(str(self.slots_directory))}/{path.relative_to(self.slots_directory)}"
 
-    def environment(self, place: Place) -> dict[str, str]:
+    def environment(self, place: Place, *, network: bool) -> dict[str, str]:
         """All that a command finds in its environment, unless the call adds to it."""
         path = _SYSTEM_PATH
         if self.prefix in self.shown:
@@ -218,6 +221,7 @@ class Blueprint:
             "SHELL": "/bin/sh",
             "LANG": "C.UTF-8",
             "TERM": "dumb",
+            **(ENVIRONMENT if network and self.isolation == "bubblewrap" else {}),
         }
 
     def limits(self) -> dict[str, Any]:
@@ -234,13 +238,11 @@ class Blueprint:
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
         return enforced
 
-    def _box_options(self, place: Place, network: bool) -> list[str]:
+    def _box_options(self, place: Place) -> list[str]:
         argv = ["--unshare-user"]
         if "--disable-userns" in self.options:
             argv.append("--disable-userns")
-        argv += ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        if not network:
-            argv.append("--unshare-net")
+        argv += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         argv += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--hostname", HOSTNAME]
         argv += ["--ro-bind", "/usr", "/usr"]
         for name in _MERGED_DIRECTORIES:
@@ -251,9 +253,9 @@ class Blueprint:
         argv += ["--proc", "/proc", "--dev", "/dev"]
         for path, size in self.tmpfs_bytes.items():
             argv += ["--size", str(size), "--perms", "1777" if path in ("/tmp", "/dev/shm") else "0755", "--tmpfs", path]
-        for path in (*_ETC, *(_ETC_WITH_NETWORK if network else ())):
+        for path in _ETC:
             argv += ["--ro-bind-try", path, path]
-        for name in ("passwd", "group") if network else ("passwd", "group", "hosts"):
+        for name in ("passwd", "group", "hosts"):
             argv += ["--ro-bind", self.staged(place.directory / name), f"/etc/{name}"]
         init = (compile_init.LIBRARY.name, COMPILED_INIT_IN_BOX) if self.compiled_init else ("init.py", INIT_IN_BOX)
         argv += ["--ro-bind", self.staged(self.slots_directory / init[0]), init[1]]

@@ -17,6 +17,7 @@ from sandbox_image.cgroups import SlotGroup
 from sandbox_image.defences import Defence, check_required, inspect, read_limits
 from sandbox_image.errors import BoxError, ToolError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
+from sandbox_image.network import PORT, BoxProxy, NetworkPolicy
 
 START_TIMEOUT_S = 30.0
 KILL_MARGIN_S = 5.0
@@ -87,6 +88,7 @@ class Box:
     defences: dict[str, Defence] = field(default_factory=dict)
     """What was found when it started."""
     _init: int | None = None
+    _proxy: BoxProxy | None = None
     _init_fd: int | None = None
     _call: _Call | None = None
     _orders: int = 0
@@ -108,7 +110,9 @@ class Box:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 facts = await box._hello
-            box._check(blueprint, place, facts, network)
+            box._check(blueprint, place, facts)
+            if network and box._contained:
+                await box._open_network(blueprint.policy)
         except TimeoutError:
             await box.kill("it did not start in time")
             raise BoxError(f"no box after {START_TIMEOUT_S:.0f} s") from None
@@ -134,15 +138,13 @@ class Box:
             # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
             control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             process = subprocess.Popen(
-                blueprint.argv(
-                    place, network=network, control=theirs.fileno(), output=their_output, seccomp_filter=seccomp_filter
-                ),
+                blueprint.argv(place, control=theirs.fileno(), output=their_output, seccomp_filter=seccomp_filter),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
                 pass_fds=passed_on,
                 cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
-                env=blueprint.environment(place),
+                env=blueprint.environment(place, network=network),
                 start_new_session=True,
                 user=place.uid,
                 group=place.uid,
@@ -174,7 +176,7 @@ class Box:
         loop.add_reader(exit_fd, box._on_exit)
         return box
 
-    def _check(self, blueprint: Blueprint, place: Place, facts: dict[str, str], network: bool) -> None:
+    def _check(self, blueprint: Blueprint, place: Place, facts: dict[str, str]) -> None:
         """Look for the defences of a box that has just started, before it gets a command."""
         if self._init is None:
             raise BoxError("the kernel does not tell which process its init is")
@@ -183,10 +185,18 @@ class Box:
         except OSError as error:
             raise BoxError(f"its limits cannot be read: {error.strerror}") from error
         self.defences = inspect(blueprint, place, facts, limits)
-        shared = ("namespaces", "no_network") if network else ()
-        check_required(self.defences, [name for name in blueprint.required if name not in shared])
+        check_required(self.defences, blueprint.required)
         if facts["Box-Workspace"] != "1":
             raise BoxError("it cannot write its workspace")
+
+    async def _open_network(self, policy: NetworkPolicy) -> None:
+        """Serve the proxy that is its way out, before it gets a command that could take its port."""
+        try:
+            listening = await self.listen(PORT)
+        except ToolError as error:
+            raise BoxError(f"cannot listen in it: {error}") from error
+        self._proxy = BoxProxy(policy)
+        await self._proxy.serve(listening)
 
     @property
     def alive(self) -> bool:
@@ -330,6 +340,8 @@ class Box:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._control)
         loop.remove_reader(self._output)
+        if self._proxy is not None:
+            self._proxy.close()
         self._control.close()
         for descriptor in (self._output, self._complaints, self._exit_fd, self._init_fd):
             if descriptor is not None:

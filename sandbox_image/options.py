@@ -10,6 +10,7 @@ from typing import cast
 from sandbox_image.blueprint import Isolation
 from sandbox_image.defences import BASICS, REMEDIES
 from sandbox_image.errors import StartupError
+from sandbox_image.network import Destination
 from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES
 from sandbox_image.storage import StorageOptions
 
@@ -34,6 +35,7 @@ class Options:
     processes: int
     storage: StorageOptions
     required: tuple[str, ...]
+    network_allowed: tuple[Destination, ...]
 
     @classmethod
     def parse(cls, argv: list[str]) -> Options:
@@ -62,6 +64,14 @@ class Options:
         parser.add_argument("--layer-bytes", type=int, help="room for layers; half of the free disk")
         parser.add_argument(
             "--require", action="append", default=[], metavar="DEFENCE", choices=list(REMEDIES), help="stop if it is missing"
+        )
+        parser.add_argument(
+            "--network-allow",
+            action="append",
+            default=[],
+            type=_destination,
+            metavar="HOST[:PORT]",
+            help="let slots with network reach it, wherever it is",
         )
         given = parser.parse_args(argv)
         if not 1 <= given.slots <= 4096:
@@ -92,7 +102,15 @@ class Options:
             processes=given.processes,
             storage=storage,
             required=(*(() if given.isolation == "none" else BASICS), *given.require),
+            network_allowed=tuple(given.network_allow),
         )
+
+
+def _destination(text: str) -> Destination:
+    try:
+        return Destination.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _read_token(path: Path) -> str:

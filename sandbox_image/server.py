@@ -3,6 +3,7 @@
     python -m sandbox_image.server --host H --port P --slots N --data-dir D [--token-file F] [--unix-socket S]
                                    [--read-only PATH ...] [--isolation bubblewrap|none] [--die-with-parent]
                                    [--memory-bytes N] [--processes N] [--require DEFENCE ...]
+                                   [--network-allow HOST[:PORT] ...]
 
 Routes and messages are those of `sandbox_image.protocol`. When it listens it prints one line of JSON,
 `{"ready": true, "port": P, "unix_socket": S, "version": V}`; if it cannot run it prints one line that says why, on standard
@@ -35,6 +36,7 @@ from sandbox_image.datadir import DataDir
 from sandbox_image.defences import BUBBLEWRAP_REMEDY, DISK, check_required
 from sandbox_image.errors import BoxError, MissingDefenceError, RequestError, SlotServerError, StartupError
 from sandbox_image.executions import ExecutionLog
+from sandbox_image.network import NetworkPolicy
 from sandbox_image.options import Options
 from sandbox_image.protocol import (
     MAX_BATCH_ITEMS,
@@ -362,7 +364,13 @@ def main() -> int:
             limits = GroupLimits(options.memory_bytes, options.processes)
             groups = ControlGroups.prepare(Hierarchy.find(), data_dir.groups, limits, options.slots)
             blueprint = Blueprint.prepare(
-                options.isolation, data_dir.path, options.read_only, groups, keep=keep, required=options.required
+                options.isolation,
+                data_dir.path,
+                options.read_only,
+                groups,
+                keep=keep,
+                required=options.required,
+                policy=NetworkPolicy(options.network_allowed),
             )
             places = [blueprint.place(index) for index in range(options.slots)]
             storage = Storage.prepare(data_dir, blueprint, places, options.storage)

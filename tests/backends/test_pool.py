@@ -37,10 +37,10 @@ class Resets:
 class House:
     """A pool and the sandboxes in it; counts how often the pool asked for more."""
 
-    def __init__(self, start: Start, *, acquire_timeout_s: float = 5.0) -> None:
+    def __init__(self, start: Start, *, acquire_timeout_s: float = 5.0, network: bool = False) -> None:
         self._start = start
         self.demand = 0
-        self.pool = SlotPool(acquire_timeout_s=acquire_timeout_s, network=False, on_demand=self._on_demand)
+        self.pool = SlotPool(acquire_timeout_s=acquire_timeout_s, network=network, on_demand=self._on_demand)
 
     def _on_demand(self) -> None:
         self.demand += 1
@@ -110,6 +110,16 @@ async def test_a_slot_that_starts_from_a_snapshot_is_of_its_sandbox(lying_server
     house.pool.remove(second, SlotLostError("it died"))
     with pytest.raises(SnapshotError, match="second, which is gone"):
         await waiter
+    await house.pool.close()
+
+
+async def test_a_reset_may_take_the_network_away(lying_server: Start) -> None:
+    house = House(lying_server, network=True)
+    _, resets = await house.add("only", 1)
+    slot = await house.pool.acquire("trajectory", None)
+    for network in (None, False, True):
+        await house.pool.reset(slot, None, network)
+    assert [seen[2] for seen in resets.seen] == [True, True, False, True]
     await house.pool.close()
 
 

@@ -96,18 +96,6 @@ async def test_no_network_but_its_own(api: Api) -> None:
     assert shown == "['lo']\nConnectionRefusedError\nOSError\nOSError\nown 127.0.0.1\n"
 
 
-async def test_network_when_asked_for(api: Api) -> None:
-    state = await api.reset(network=True)
-    assert state["network"]
-    listening = socket.create_server(("127.0.0.1", 0))
-    with listening:
-        await api.output(
-            f"python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", {listening.getsockname()[1]}), 5)'"
-        )
-    assert not (await api.reset())["network"]
-    assert await api.output("ls /sys/class/net 2>/dev/null | wc -l; wc -l < /proc/net/dev") == "0\n3\n"
-
-
 async def test_the_init_cannot_be_traced_or_robbed(api: Api) -> None:
     shown = await python(
         api,

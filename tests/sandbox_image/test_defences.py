@@ -15,6 +15,7 @@ from sandbox_image.cgroups import ControlGroups, GroupLimits, SlotGroup
 from sandbox_image.defences import BASICS, REMEDIES, Defence, check_required, inspect
 from sandbox_image.errors import MissingDefenceError
 from sandbox_image.mounts import Stage
+from sandbox_image.network import NetworkPolicy
 from tests.sandbox_image.running import Api, RunningServer, as_other_user, environment, open_directory, running, server_command
 
 CONTROL_GROUPS = {"memory_limit", "process_count_limit", "processor_shares"}
@@ -34,7 +35,7 @@ FACTS = {
 def defences_of(directory: Path, facts: dict[str, str], limits: dict[str, int] | None = None) -> dict[str, Defence]:
     """What is found in a box that reports these facts; it has the limits that were set, but for those given here."""
     groups = ControlGroups.prepare([], directory / "record", GroupLimits(2**30, 64), slots=1)
-    blueprint = Blueprint("bubblewrap", directory, Stage.plain([]), groups, (), "/usr", False, ())
+    blueprint = Blueprint("bubblewrap", directory, Stage.plain([]), groups, (), "/usr", False, (), NetworkPolicy())
     place = Place(directory, directory, 60_000, "/workspace", SlotGroup())
     return inspect(blueprint, place, FACTS | facts, blueprint.process_limits | (limits or {}))
 

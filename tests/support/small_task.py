@@ -81,10 +81,13 @@ def git(directory: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def write_task_folder(folder: Path, *, rows: int = 1, **overrides: object) -> Path:
-    """A folder as `dataset_name` takes it, with `rows` tasks that are alike; `overrides` replace columns."""
+def write_task_folder(folder: Path, *, rows: int = 1, files: dict[str, str] | None = None, **overrides: object) -> Path:
+    """A folder as `dataset_name` takes it, with `rows` tasks that are alike; `overrides` replace columns.
+
+    `files` are in the repository beside its own.
+    """
     work = folder / "work"
-    for name, content in FILES.items():
+    for name, content in {**FILES, **(files or {})}.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(content)
     git(work, "init", "--quiet", "--initial-branch=main")
