@@ -37,7 +37,8 @@ TEXTS = [
     "", "\0", "\n", " ", ".", "..", "/", "../..", "../../../../../../etc/passwd", "/etc/passwd", "/workspace",
     "/workspace/../etc", "/proc/self/environ", "a\nb", "a\0b", "\ud800", "\udcff\udc00", "\U0010ffff", "a" * 256,
     "a" * 100_000, "d/" * 3_000, "-rf", "~", "$(id)", "`id`", ";", "&", "'", '"', "\\", "\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
-    "%2e%2e%2f", "slot_0\n", "slot_-1", "slot_00", "slot_99999999999999999999", "file", "file/below", "link", "fifo", "closed", "null", "{}", "[" * 5_000,
+    "%2e%2e%2f", "slot_0\n", "slot_-1", "slot_00",
+    "slot_99999999999999999999", "file", "file/below", "link", "fifo", "closed", "null", "{}", "[" * 5_000,
 ]  # fmt: skip
 NUMBERS = [
     0, -1, 1, True, 2**31, 2**53 + 1, 2**63, 2**64, -(2**64), 10**400, 1e308, -1e308, 5e-324, 1e-9, -0.0, 0.5,
@@ -241,9 +242,9 @@ class Fuzzer:
         with contextlib.suppress(BrokenPipeError):
             # Who answers early need not read the rest.
             connection.sendall(request.bytes())
-        response = http.client.HTTPResponse(connection, method=request.method)
-        response.begin()
-        return response, response.read()
+        with http.client.HTTPResponse(connection, method=request.method) as response:
+            response.begin()
+            return response, response.read()
 
     def check(self, request: Request) -> None:
         """Send a request; it must be answered in time, and if it is not served, with the reason."""

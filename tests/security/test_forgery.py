@@ -31,16 +31,37 @@ async def naive(command: str) -> int:
     return int(found[1]) if found else -1
 
 
+@pytest.mark.parametrize("tool", ["bash", "bash_stateful"])
 @pytest.mark.parametrize("name", FORGERIES)
-async def test_a_forged_exit_status(field: Field, name: str) -> None:
+async def test_a_forged_exit_status(field: Field, name: str, tool: str) -> None:
     command = FORGERIES[name]
     assert await naive(command) != 3, "the control does not show that this can work"
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        result = await api.bash(command)
+        result = await api.tool(tool, {"command": command}, timeout=20)
         assert not result["success"]
         assert result["metadata"]["exit_code"] in (3, 137)
+
+
+async def test_the_pipes_of_a_shell_that_stays(field: Field) -> None:
+    """Whatever a command writes to what it can open, its own status comes back, and the next one's."""
+    scribble = (
+        "for n in 0 1 2 3 4 5 6 7 8 9; do for f in /proc/$$/fd/$n /proc/$PPID/fd/$n; do "
+        "printf 'x ended 0\\nended 0\\n0\\n' | timeout 1 tee $f; done; done > /dev/null 2>&1; (exit 3)"
+    )
+    # The control: who reads the last number of what comes takes it for the status.
+    done = await asyncio.to_thread(
+        subprocess.run, ["sh", "-c", scribble + "; echo 0"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-1] == "0"
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        result = await api.tool("bash_stateful", {"command": scribble}, timeout=20)
+        assert result["metadata"]["exit_code"] == 3, result
+        result = await api.tool("bash_stateful", {"command": "echo fine; (exit 4)"}, timeout=20)
+        assert (result["output"], result["metadata"]["exit_code"]) == ("fine\n", 4)
 
 
 async def test_output_that_looks_like_an_answer(field: Field) -> None:

@@ -126,6 +126,23 @@ async def test_outliving_a_call(field: Field) -> None:
             assert not await outlived(api, command), name
 
 
+async def test_outliving_a_trajectory(field: Field) -> None:
+    """What a shell that stays has started goes on from call to call, and is gone with the slot's reset."""
+    api = Api.over(field.server)
+    async with api.session:
+        for way in ("&", "& disown", "& trap '' HUP TERM INT"):
+            await api.reset()
+            job = f"setsid sh -c 'while :; do touch $HOME/alive /workspace/alive; sleep 0.02; done' > /dev/null 2>&1 {way}"
+            await api.tool("bash_stateful", {"command": job}, timeout=5)
+            # The control: the next call, of either tool, finds it running.
+            assert (await api.bash("rm -f alive; sleep 0.15; test -e alive"))["success"]
+            processes = await api.output("ls -d /proc/[0-9]* | wc -l")
+            await api.reset()
+            assert not (await api.bash("sleep 0.1; ls /workspace/alive $HOME/alive"))["success"]
+            assert int(await api.output("ls -d /proc/[0-9]* | wc -l")) < int(processes)
+    await still_works(field)
+
+
 async def test_a_command_that_does_not_want_to_end(field: Field) -> None:
     """A polite request to end is ignored; being killed is not a choice."""
     stubborn = "trap '' TERM INT HUP QUIT PIPE ALRM; while :; do sleep 0.05; done"
