@@ -67,6 +67,15 @@ class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, T
         return Path(self.cache_directory).expanduser()
 
 
+def _check_stateful_tools(config: AgentEnvConfig, executor: ToolExecutor) -> None:
+    stateful = [tool.name for tool in executor.tools.values() if tool.keeps_state]
+    if stateful and config.require_stateful_sandbox and config.local_isolation == "none":
+        raise ConfigError(
+            f"require_stateful_sandbox: {', '.join(stateful)} would run without isolation; set it to false, or local_isolation "
+            "to bubblewrap"
+        )
+
+
 @dataclass(frozen=True)
 class AgentTask:
     """What a trajectory starts from: its first messages, the layer its workspace has, and the known solution for `oracle`."""
@@ -102,6 +111,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     ) -> None:
         self._servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
+        _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
         if config.policy != "tokens":

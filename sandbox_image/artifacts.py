@@ -46,8 +46,17 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
         if found.st_size > request.max_bytes:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: {found.st_size} bytes, the limit is {request.max_bytes}")
         content = read_up_to(descriptor, request.max_bytes + 1)
+    return contain(request, content)
+
+
+def contain(request: ArtifactReadRequest, content: bytes) -> ArtifactContent:
+    """The answer that carries some content.
+
+    Raises:
+        RequestError: too large, not text.
+    """
     if len(content) > request.max_bytes:
-        raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: grew beyond the limit of {request.max_bytes} bytes")
+        raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: more than the limit of {request.max_bytes} bytes")
     if request.encoding == "base64":
         text = base64.b64encode(content).decode("ascii")
     else:

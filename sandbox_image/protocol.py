@@ -53,6 +53,8 @@ WORKSPACE_INODES = 500_000
 """What a slot may write beside what its layer holds, unless the server was told otherwise."""
 WORKSPACE = "/workspace"
 """Where a slot's files are, seen from inside of its box."""
+RECORDING_PATH = "/recordings/tmux.cast"
+"""The artifact that holds what the terminal of `tmux` has shown; out of reach of what runs in the slot."""
 
 
 class ErrorKind(str, Enum):
@@ -232,6 +234,15 @@ class ExecutionResult(Wire):
     Metadata of `bash`: `exit_code` (int; 128 + N for signal N, None on timeout), `timeout` (bool), `truncated` (bool: some
     output was dropped), `output_bytes` (int: all that was written), `duration_s` (float), `sandboxed` (bool), and where the
     server can tell `oom_killed` (bool: a process of the slot was killed because its memory was used up).
+
+    `bash_stateful` has these and `shell_restarted` (bool: this ran in a fresh shell, the one before had ended), `shell_ended`
+    (bool: the shell ended with this command), `shell_replaced` (bool: it was killed, because a command whose time ran out could
+    not be interrupted), and `background_output` (str) if background jobs printed something after their calls.
+
+    `tmux` has `action`, `truncated`, `sandboxed`, `duration_s`; where the output is what the terminal shows `pane_width`,
+    `pane_height`, `cursor` (column and line, from 0) and `alternate_screen` (bool); `send_keys` has `timeout` (bool: what
+    `block` waits for did not come in time) and `terminal_ended` if its shell ended; `stream` has `events` (int), `more` (bool:
+    ask again) and `recording_full` (bool: what came last was not recorded).
     """
 
     success: bool

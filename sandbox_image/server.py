@@ -41,6 +41,7 @@ from sandbox_image.options import Options
 from sandbox_image.protocol import (
     MAX_BATCH_ITEMS,
     MAX_REQUEST_BYTES,
+    RECORDING_PATH,
     VERSION,
     ArtifactArchiveRequest,
     ArtifactListRequest,
@@ -236,7 +237,10 @@ class SlotServer:
 
     async def _read_artifact(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactReadRequest.from_json(await _body(request))
-        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.read)).to_json())
+        slot = self._slot(wanted.slot_id)
+        if wanted.path == RECORDING_PATH:
+            return _json(slot.recording(wanted).to_json())
+        return _json((await slot.artifact(wanted, artifacts.read)).to_json())
 
     async def _list_artifacts(self, request: web.BaseRequest) -> web.Response:
         wanted = ArtifactListRequest.from_json(await _body(request))

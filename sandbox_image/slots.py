@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import TypeVar
 
+from sandbox_image.artifacts import contain
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.box import Box
 from sandbox_image.defences import Defence
@@ -31,6 +32,7 @@ from sandbox_image.shell import BashArguments, bash
 from sandbox_image.stateful import BashStatefulArguments
 from sandbox_image.storage import Storage, Workspace
 from sandbox_image.terminals import TerminalArguments, Terminals
+from sandbox_image.tmux import TmuxArguments
 from sandbox_image.trees import TreeCopyError
 from sandbox_image.workspace import WorkspaceFiles
 
@@ -41,6 +43,7 @@ TOOLS: dict[str, type[Arguments]] = {
     "bash_stateful": BashStatefulArguments,
     "read_file": ReadFileArguments,
     "write_file": WriteFileArguments,
+    "tmux": TmuxArguments,
 }
 
 ArtifactRequest = ArtifactReadRequest | ArtifactListRequest | ArtifactArchiveRequest
@@ -140,6 +143,18 @@ class Slot:
         # A reset in between has taken away the files that were being read.
         self._check_lease(lease)
         return answer
+
+    def recording(self, request: ArtifactReadRequest) -> ArtifactContent:
+        """What the slot's terminal has shown since the last reset.
+
+        Raises:
+            RequestError: the lease is not the slot's, there is no recording, or it is larger than asked for.
+        """
+        self._check_lease(request.lease)
+        content = b"" if self._terminals is None else self._terminals.recording()
+        if not content:
+            raise RequestError(ErrorKind.NOT_FOUND, f"{request.path}: no terminal was started")
+        return contain(request, content)
 
     async def reset(self, layer: str | None, *, network: bool, for_layer: bool = False) -> SlotState:
         """End the running call and start again with a new workspace, box and lease.

@@ -22,6 +22,7 @@ class ToolOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tool_timeout_s: float = Field(120.0, gt=0, description="Longest a tool call may take; a model can ask for less.")
+    require_stateful_sandbox: bool = Field(True, description="Refuse tools that keep something running without isolation.")
     tool_output_max_chars: int = Field(
         20_000, ge=200, description="Longest tool output that a model gets; the whole of a longer one is kept in the workspace."
     )
@@ -136,6 +137,10 @@ def _describe(result: ExecutionResult) -> str:
         notes.insert(0, "[this ran in a fresh shell, since the one before had ended]")
     if result.metadata.get("shell_ended"):
         notes.append("[the shell has ended with its state and its background jobs; the next command gets a fresh one]")
+    if result.metadata.get("terminal_ended"):
+        notes.append("[the terminal has ended with its shell]")
+    elif result.metadata.get("action") == "send_keys" and result.metadata["timeout"]:
+        notes.append("[the shell does not wait for a command yet]")
     if background := result.metadata.get("background_output"):
         notes.append(f"[meanwhile from background jobs]\n{background}".rstrip("\n"))
     return "\n".join([part for part in (result.output.rstrip("\n"), *notes) if part]) or "[no output]"

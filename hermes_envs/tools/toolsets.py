@@ -21,7 +21,8 @@ class Toolsets:
             "filesystem": ("read_file", "write_file"),
             "terminal_stateful": ("terminal_stateful",),
             "bash_stateful": ("bash_stateful",),
-            "sandbox": ("terminal", "filesystem", "terminal_stateful"),
+            "tmux": ("tmux",),
+            "sandbox": ("terminal", "filesystem", "terminal_stateful", "tmux"),
             "default": ("terminal", "filesystem"),
             "full": ("sandbox",),
         }

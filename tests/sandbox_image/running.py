@@ -285,3 +285,9 @@ class Api:
         result = await self.bash(command, **args)
         assert result["success"], result
         return str(result["output"])
+
+    async def tmux(self, action: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+        """An action of the terminal that must succeed; its result."""
+        result = await self.tool("tmux", {"action": action, **args}, timeout=timeout)
+        assert result["success"], result
+        return result

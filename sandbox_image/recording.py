@@ -1,0 +1,73 @@
+"""A terminal recording in asciicast v2 (https://docs.asciinema.org/manual/asciicast/v2/), of limited size."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+
+MAX_RECORDING_BYTES = 4 * 1024 * 1024
+_EVENT_CHARACTERS = 2048
+_RESET = "\x1bc"
+
+
+class Recording:
+    """What a terminal has shown since it was started; goes on when it is started again."""
+
+    def __init__(self) -> None:
+        self._begin = 0.0
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._read = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.full = False
+        """Whether something was left out, because there was no room."""
+
+    def start(self, width: int, height: int, terminal: str) -> None:
+        """A terminal is there, empty."""
+        if not self._lines:
+            self._begin = time.monotonic()
+            header = {"version": 2, "width": width, "height": height, "timestamp": int(time.time()), "env": {"TERM": terminal}}
+            self._keep(json.dumps(header).encode() + b"\n")
+            return
+        self._decoder.reset()
+        self._event("o", _RESET)
+        self.resize(width, height)
+
+    def output(self, chunk: bytes) -> None:
+        """The terminal was given this to show."""
+        text = self._decoder.decode(chunk)
+        for start in range(0, len(text), _EVENT_CHARACTERS):
+            self._event("o", text[start : start + _EVENT_CHARACTERS])
+
+    def resize(self, width: int, height: int) -> None:
+        """The terminal has another size."""
+        self._event("r", f"{width}x{height}")
+
+    def content(self) -> bytes:
+        """All of it; a file that players take."""
+        return b"".join(self._lines)
+
+    def next_lines(self, max_bytes: int, *, from_start: bool) -> tuple[list[bytes], bool]:
+        """What has come since this was last asked, one line at least if there is one, and whether there is more."""
+        if from_start:
+            self._read = 0
+        taken: list[bytes] = []
+        for line in self._lines[self._read :]:
+            if taken and sum(map(len, taken)) + len(line) > max_bytes:
+                break
+            taken.append(line)
+        self._read += len(taken)
+        return taken, self._read < len(self._lines)
+
+    def _event(self, kind: str, data: str) -> None:
+        if not self.full:
+            event = [round(time.monotonic() - self._begin, 6), kind, data]
+            self._keep(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    def _keep(self, line: bytes) -> None:
+        if self._size + len(line) > MAX_RECORDING_BYTES:
+            self.full = True
+            return
+        self._size += len(line)
+        self._lines.append(line)
