@@ -24,7 +24,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -55,6 +55,7 @@ from sandbox_image.protocol import (
     MAX_TIMEOUT_S,
     ExecutionResult,
     ProtocolError,
+    Range,
     Wire,
 )
 
@@ -98,7 +99,7 @@ class ExecuteMessage(TrajectoryMessage):
 
     tool: str
     args: dict[str, Any]
-    timeout: float | None = None
+    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,6 @@ class ToolExecutorServer:
         self.service = HttpService(routes, options)
 
     async def _execute(self, message: ExecuteMessage) -> dict[str, Any]:
-        message.check()
-        if message.timeout is not None and not 0 < message.timeout <= MAX_TIMEOUT_S:
-            raise ProtocolError(f"field 'timeout' must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
         try:
             call = self._executor.check(ToolCall.parse(secrets.token_hex(8), message.tool, message.args))
         except UnusableCallError as problem:
@@ -180,12 +178,10 @@ class ToolExecutorServer:
             return await self._executor.run(Workspace(self._backend, slot), call, timeout_s=message.timeout)
 
     async def _release(self, message: ReleaseMessage) -> dict[str, Any]:
-        message.check()
         return {"released": await self._slots.release(message.trajectory_id, reset_workspace=message.reset_workspace)}
 
     @asynccontextmanager
     async def _existing_slot(self, message: TrajectoryMessage) -> AsyncIterator[Slot]:
-        message.check()
         async with self._slots.use(message.trajectory_id, acquire=False) as slot:
             yield slot
 

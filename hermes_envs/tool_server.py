@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from hermes_envs.services.http_service import HttpService, Route, announce, resu
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox
 from hermes_envs.variables import Names
-from sandbox_image.protocol import MAX_TIMEOUT_S, ProtocolError, Wire
+from sandbox_image.protocol import MAX_TIMEOUT_S, Range, Wire
 
 PREFIX = "TOOL_SERVER_"
 
@@ -46,7 +46,7 @@ class ExternalCall(Wire):
 
     tool: str
     args: dict[str, Any]
-    timeout: float | None = None
+    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
     trajectory_id: str | None = None
 
 
@@ -68,8 +68,6 @@ class ToolServer:
 
     async def _execute(self, call: ExternalCall) -> dict[str, Any]:
         timeout_s = MAX_TIMEOUT_S if call.timeout is None else call.timeout
-        if not 0 < timeout_s <= MAX_TIMEOUT_S:
-            raise ProtocolError(f"field 'timeout' must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
         definition = self._toolbox.definitions.get(call.tool)
         problem = f"there is no tool {call.tool!r}" if definition is None else definition.find_problem(call.args)
         if problem is not None:

@@ -33,7 +33,8 @@ from hermes_envs.services.options import ServiceOptions
 from hermes_envs.trajectory_slots import UnknownTrajectoryError
 from sandbox_image.protocol import ExecutionResult, ProtocolError, Wire
 
-_STOPPING_S = 2.0
+_STOPPING_S = 1.0
+"""How long requests under way may go on; aiohttp waits for it twice."""
 _JSON_HEADERS = {"Content-Type": "application/json"}
 _FAILURES: tuple[tuple[type[Exception], int, str], ...] = (
     (ProtocolError, 400, "bad_request"),
@@ -114,8 +115,12 @@ class HttpService:
             raise RefusalError(503, "shutting_down", "the server is about to end")
         if (request.method, request.path) not in self._routes:
             raise RefusalError(404, "not_found", f"no route {request.method} {request.path}")
-        message, handle = self._routes[request.method, request.path]
-        return await handle(None if message is None else message.from_json(await self._body(request)))
+        kind, handle = self._routes[request.method, request.path]
+        if kind is None:
+            return await handle(None)
+        message = kind.from_json(await self._body(request))
+        message.check()
+        return await handle(message)
 
     def _authorize(self, request: web.BaseRequest) -> None:
         if "Origin" in request.headers:
