@@ -22,6 +22,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 
+from sandbox_image.cgroups import remove_recorded
 from sandbox_image.init import descendants
 from sandbox_image.trees import remove_tree
 
@@ -160,6 +161,8 @@ def open_directory(*, other_user: bool = False, memory: bool = False) -> Iterato
     try:
         yield directory
     finally:
+        # Of a server that a test has killed.
+        remove_recorded(directory / "data/cgroups")
         remove_tree(directory)
 
 

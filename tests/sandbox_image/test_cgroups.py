@@ -162,11 +162,16 @@ def test_version_2_where_controllers_are_handed_on(tmp_path: Path) -> None:
     assert (tmp_path / "record").read_text() == f"{made}\n"
     assert contents(made) == {"cgroup.subtree_control": "+memory +pids +cpu", "cpu.weight": "200"}
     assert contents(made / "slot_1") == {"memory.max": "268435456", "memory.swap.max": "0", "pids.max": "64"}
+    events = made / "slot_1/memory.events"
+    events.write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n")
     group = groups.slot(1)
     group.add(1234)
     assert (made / "slot_1/cgroup.procs").read_text() == "1234"
-    (made / "slot_1/memory.events").write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n")
     assert group.kills() == 2
+    events.write_text("oom_kill 13\n")
+    assert group.kills() == 13
+    assert group.events is not None
+    os.close(group.events)
 
 
 def test_version_2_goes_up_while_nobody_has_set_a_limit(tmp_path: Path) -> None:
