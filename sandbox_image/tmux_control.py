@@ -67,7 +67,9 @@ class _Question:
 
     def wanted_lines(self) -> int | None:
         """How many lines the block that has begun must have; None if its end cannot be mistaken."""
-        return int(self.received[0][0].split()[0]) if self.received else None
+        first = self.received[0][:1] if self.received else []
+        words = first[0].split() if first else []
+        return int(words[0]) if words and words[0].isdigit() else None
 
 
 class ControlClient:
@@ -76,6 +78,8 @@ class ControlClient:
     def __init__(
         self, commands: int, events: int, on_output: Callable[[bytes], None], on_resize: Callable[[int, int], None]
     ) -> None:
+        self.ready = asyncio.Event()
+        """Set when there is a session to ask about, or there will be none."""
         self.ended = asyncio.Event()
         self._commands = commands
         self._on_output = on_output
@@ -107,6 +111,18 @@ class ControlClient:
             self._end()
         return await question.answer
 
+    async def ask_numbers(self, command: str, count: int, blocks: int = 1) -> tuple[list[int], list[bytes]]:
+        """As `ask`, of a command that prints numbers first; they, and the lines of the last answer.
+
+        Raises:
+            ToolError: as `ask`, or it prints something else.
+        """
+        answer = await self.ask(command, blocks)
+        words = answer[0][0].split() if answer[0] else []
+        if len(words) != count or not all(word.isdigit() for word in words):
+            raise ToolError("tmux does not answer as it should")
+        return [int(word) for word in words], answer[-1]
+
     def close(self) -> None:
         """End it."""
         self._end()
@@ -117,6 +133,7 @@ class ControlClient:
     def _end(self) -> None:
         self._reader.close()
         self.ended.set()
+        self.ready.set()
         while self._questions:
             self._fail(self._questions.popleft(), self._complaint or "the terminal has ended")
 
@@ -144,6 +161,8 @@ class ControlClient:
             self._block, self._block_bytes, self._guard = [], 0, rest
             # The last number tells the answers to our commands from those to the client's own.
             self._ours = rest.endswith(b" 1")
+        elif kind == b"%session-changed":
+            self.ready.set()
         elif kind == b"%exit":
             self._end()
         elif (layout := _LAYOUT.match(line)) is not None:

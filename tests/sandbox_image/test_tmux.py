@@ -143,7 +143,7 @@ async def typed(api: Api, *keys: str) -> bytes:
     return base64.b64decode(content["output"])
 
 
-@settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=80).filter(lambda text: "\x1c" not in text))
 async def test_any_text_arrives_byte_for_byte(typewriter: Api, text: str) -> None:
     assert await typed(typewriter, text) == text.encode()
