@@ -76,7 +76,7 @@ class Place:
     @property
     def unmounted(self) -> Path:
         """The workspace where it is a directory among the server's own files, and not mounted."""
-        return self.directory / "root" / WORKSPACE.removeprefix("/")
+        return self.directory / self.root.name / WORKSPACE.removeprefix("/")
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,10 @@ class Blueprint:
             seccomp_filter=None if isolation == "none" else seccomp.filter_of_this_machine(),
         )
 
-    def place(self, index: int) -> Place:
-        """Make the directory of a slot and the files that describe its user."""
+    def places(self, index: int) -> tuple[Place, Place]:
+        """Make the directory of a slot, with two places for its workspace, and the files that describe its user."""
         directory = self.slots_directory / f"slot_{index}"
-        root = directory / "root"
-        root.mkdir(mode=0o711, parents=True)
-        root = Path(self.staged(root))
-        directory.chmod(0o711)
+        directory.mkdir(mode=0o711)
         uid = FIRST_SLOT_UID + index if os.geteuid() == 0 else None
         shown_uid, shown_gid = (uid, uid) if uid is not None else (os.getuid(), os.getgid())
         (directory / "passwd").write_text(
@@ -162,6 +159,11 @@ class Blueprint:
         (directory / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n")
         for name in ("passwd", "group", "hosts"):
             (directory / name).chmod(0o644)
+        return self._place(directory, "front", uid, index), self._place(directory, "back", uid, index)
+
+    def _place(self, directory: Path, name: str, uid: int | None, index: int) -> Place:
+        (directory / name).mkdir(mode=0o711)
+        root = Path(self.staged(directory / name))
         seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{root}{WORKSPACE}"
         return Place(directory, root, uid, seen_as, self.groups.slot(index))
 

@@ -89,6 +89,8 @@ class Box:
     """What was found when it started."""
     _init: int | None = None
     _proxy: BoxProxy | None = None
+    used: bool = False
+    """Whether a command has been started in it."""
     _init_fd: int | None = None
     _call: _Call | None = None
     _orders: int = 0
@@ -186,8 +188,6 @@ class Box:
             raise BoxError(f"its limits cannot be read: {error.strerror}") from error
         self.defences = inspect(blueprint, place, facts, limits)
         check_required(self.defences, blueprint.required)
-        if facts["Box-Workspace"] != "1":
-            raise BoxError("it cannot write its workspace")
 
     async def _open_network(self, policy: NetworkPolicy) -> None:
         """Serve the proxy that is its way out, before it gets a command that could take its port."""
@@ -227,6 +227,7 @@ class Box:
         """
         if not self.alive:
             raise BoxError(self.verdict)
+        self.used = True
         loop = asyncio.get_running_loop()
         call = self._call = _Call(self._new_number(), sink, loop.create_future())
         timer = loop.call_later(timeout_s, self._expire, call)
@@ -256,6 +257,7 @@ class Box:
             ToolError: it cannot be started.
             BoxError: the box died.
         """
+        self.used = True
         kept = Kept(self, self._new_number())
         self._kept[kept._number] = kept
         try:

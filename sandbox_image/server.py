@@ -31,6 +31,7 @@ from aiohttp import web
 
 from sandbox_image import artifacts, openapi
 from sandbox_image.blueprint import Blueprint, Place
+from sandbox_image.boxes import Boxes
 from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.datadir import DataDir
 from sandbox_image.defences import BUBBLEWRAP_REMEDY, DISK, check_required
@@ -279,9 +280,15 @@ def _failed(error: RequestError) -> web.Response:
     return _json(Failure(error.kind.value, str(error)).to_json(), error.kind.status)
 
 
-async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint, places: list[Place], storage: Storage) -> None:
+async def _serve(
+    options: Options, data_dir: DataDir, blueprint: Blueprint, places: list[tuple[Place, Place]], storage: Storage
+) -> None:
     stop = _stop_event(options)
-    slots = {f"slot_{index}": Slot(f"slot_{index}", place, blueprint, storage) for index, place in enumerate(places)}
+    starts = asyncio.Semaphore(os.cpu_count() or 1)
+    slots = {
+        f"slot_{index}": Slot(f"slot_{index}", Boxes(blueprint, pair, starts, ahead=storage.mounts), blueprint, storage)
+        for index, pair in enumerate(places)
+    }
     server = SlotServer(slots, storage, blueprint, data_dir.path, options.token)
     runner = web.ServerRunner(server.listener(), shutdown_timeout=2.0)
     try:
@@ -294,6 +301,8 @@ async def _serve(options: Options, data_dir: DataDir, blueprint: Blueprint, plac
         gc.freeze()
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
+        for slot in slots.values():
+            slot.start_ahead()
         await stop.wait()
     finally:
         for ending in await asyncio.gather(*(slot.close() for slot in slots.values()), return_exceptions=True):
@@ -376,8 +385,8 @@ def main() -> int:
                 required=options.required,
                 policy=NetworkPolicy(options.network_allowed),
             )
-            places = [blueprint.place(index) for index in range(options.slots)]
-            storage = Storage.prepare(data_dir, blueprint, places, options.storage)
+            places = [blueprint.places(index) for index in range(options.slots)]
+            storage = Storage.prepare(data_dir, blueprint, [place for pair in places for place in pair], options.storage)
             asyncio.run(_serve(options, data_dir, blueprint, places, storage))
         finally:
             if options.unix_socket is not None:

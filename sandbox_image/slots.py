@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sandbox_image.artifacts import contain
-from sandbox_image.blueprint import Blueprint, Place
+from sandbox_image.blueprint import Blueprint
 from sandbox_image.box import Box
+from sandbox_image.boxes import Boxes
 from sandbox_image.defences import Defence
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, ToolError
 from sandbox_image.files import ReadFileArguments, WriteFileArguments, read_file, write_file
@@ -71,14 +72,13 @@ def check_call(request: ExecuteRequest) -> Arguments:
 class Slot:
     """One workspace at a time, calls in it one after the other."""
 
-    def __init__(self, slot_id: str, place: Place, blueprint: Blueprint, storage: Storage) -> None:
+    def __init__(self, slot_id: str, boxes: Boxes, blueprint: Blueprint, storage: Storage) -> None:
         self.slot_id = slot_id
         self.lease = _new_lease()
-        self._place = place
+        self._boxes = boxes
         self._blueprint = blueprint
         self._storage = storage
-        self._files = WorkspaceFiles(place)
-        self._box: Box | None = None
+        self._files = WorkspaceFiles(boxes.place)
         self._terminals: Terminals | None = None
         self._trouble = "it has not started"
         self._turn = asyncio.Lock()
@@ -86,15 +86,19 @@ class Slot:
         self._workspace: Workspace | None = None
         # What it froze last: nobody else may have had the time to use it.
         self._frozen: Layer | None = None
+        # Those of boxes that are on their way out.
+        self._past: list[Workspace] = []
         self._network = False
+        self._usual_network = False
         self._closing = False
-        self._memory_kills = place.group.kills()
+        self._memory_kills = boxes.place.group.kills()
         self.defences: dict[str, Defence] = {}
         """What was found when its box started."""
 
     def state(self) -> SlotState:
         """What it is at the moment."""
-        state = "failed" if self._box is None or not self._box.alive else "ready"
+        box = self._boxes.box
+        state = "failed" if box is None or not box.alive else "ready"
         if self._turn.locked():
             state = "busy"
         layer = None if self._workspace is None or self._workspace.layer is None else self._workspace.layer.name
@@ -109,6 +113,11 @@ class Slot:
             BoxError: no box can be made.
         """
         await self._renew(None, network=False, for_layer=False)
+
+    def start_ahead(self) -> None:
+        """Let the box of the next reset be started."""
+        if not self._closing:
+            self._boxes.start_ahead(self._discard_past, network=self._usual_network)
 
     async def execute(self, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
         """Run a tool when the calls before it have ended.
@@ -166,13 +175,16 @@ class Slot:
         try:
             async with self._resets:
                 self.lease = _new_lease()
-                if self._box is not None:
-                    self._box.doom("the slot was reset")
+                if self._turn.locked():
+                    self._boxes.doom("the slot was reset")
                 async with self._turn:
                     given, used = used, None
                     await self._renew_or_fail(given, network=network, for_layer=for_layer)
         finally:
             self._storage.layers.leave(used)
+        if not for_layer:
+            self._usual_network = network
+        self.start_ahead()
         return self.state()
 
     async def freeze(self, name: str, lease: str | None) -> SlotState:
@@ -197,6 +209,7 @@ class Slot:
                     await self._renew_or_fail(None, network=False, for_layer=False)
                 finally:
                     self._frozen = layer
+        self.start_ahead()
         return self.state()
 
     async def snapshot(self, name: str, lease: str | None) -> SlotState:
@@ -219,17 +232,17 @@ class Slot:
     async def close(self) -> None:
         """Kill everything in it; a running call ends with `SHUTTING_DOWN`."""
         self._closing = True
-        if self._box is not None:
-            await self._box.kill("the server stops")
+        await self._boxes.close()
         async with self._turn:
-            await self._clear()
+            self._leave()
+            self._discard_past()
 
     async def _call(self, box: Box, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
         timeout_s = DEFAULT_TIMEOUT_S if request.timeout is None else request.timeout
         sandboxed = self._blueprint.isolation != "none"
         if isinstance(arguments, TerminalArguments):
             if self._terminals is None:
-                self._terminals = Terminals(box, self._place.uid, sandboxed=sandboxed)
+                self._terminals = Terminals(box, self._boxes.place.uid, sandboxed=sandboxed)
             return await self._terminals.execute(arguments, timeout_s)
         if isinstance(arguments, BashArguments):
             return await bash(box, arguments, timeout_s, sandboxed=sandboxed)
@@ -239,7 +252,7 @@ class Slot:
 
     def _out_of_memory(self) -> bool:
         """Whether a process was killed for the memory limit since this was last asked."""
-        before, self._memory_kills = self._memory_kills, self._place.group.kills()
+        before, self._memory_kills = self._memory_kills, self._boxes.place.group.kills()
         return self._memory_kills != before
 
     async def _renew_or_fail(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
@@ -252,36 +265,52 @@ class Slot:
         self._trouble = "it is being reset"
         try:
             try:
-                await self._clear()
+                await self._boxes.vacate(network=network)
             except BaseException:
                 self._storage.layers.leave(layer)
                 raise
-            self._workspace = await self._storage.make(self._place, layer, for_layer=for_layer)
-            self._box = await Box.start(self._blueprint, self._place, network=network)
+            finally:
+                self._leave()
+            if not self._storage.mounts:
+                # A box shows the directory that is there when it starts.
+                await self._make(layer, for_layer)
+            box = await self._boxes.occupy(network=network)
+            if self._storage.mounts:
+                await self._make(layer, for_layer)
+            await box.enter(self._boxes.place.seen_as)
+            # Only now: the end of a box's namespaces would hold up the mounts.
+            self._boxes.dismiss()
         except (SlotServerError, OSError) as error:
             self._trouble = str(error)
+            self._boxes.dismiss()
+            self._boxes.doom(str(error))
             raise
-        self.defences = self._box.defences
+        self.defences = box.defences
         self._network = network
-        self._memory_kills = self._place.group.kills()
+        self._memory_kills = self._boxes.place.group.kills()
         if self._closing:
-            await self._box.kill("the server stops")
+            await self._boxes.close()
 
-    async def _clear(self) -> None:
-        """Kill what is in the box and give the workspace back."""
-        box, self._box = self._box, None
+    async def _make(self, layer: Layer | None, for_layer: bool) -> None:
+        self._workspace = await self._storage.make(self._boxes.place, layer, for_layer=for_layer)
+        self._files = WorkspaceFiles(self._boxes.place)
+
+    def _leave(self) -> None:
+        """Give everything back that belonged to the workspace."""
         workspace, self._workspace = self._workspace, None
         frozen, self._frozen = self._frozen, None
         terminals, self._terminals = self._terminals, None
-        try:
-            if box is not None:
-                await box.kill("the slot was reset")
-        finally:
-            if terminals is not None:
-                terminals.close()
-            if workspace is not None:
-                self._storage.discard(workspace)
-            self._storage.layers.leave(frozen)
+        if terminals is not None:
+            terminals.close()
+        if workspace is not None:
+            self._past.append(workspace)
+        if workspace is not None and workspace.place is self._boxes.place:
+            self._discard_past()
+        self._storage.layers.leave(frozen)
+
+    def _discard_past(self) -> None:
+        while self._past:
+            self._storage.discard(self._past.pop())
 
     def _check_lease(self, lease: str | None) -> None:
         if self._closing:
@@ -290,11 +319,12 @@ class Slot:
             raise RequestError(ErrorKind.LEASE_EXPIRED, f"{self.slot_id}: the slot was reset since this lease was given")
 
     def _require_box(self) -> Box:
-        if self._box is None:
+        box = self._boxes.box
+        if box is None:
             raise self._failure(self._trouble)
-        if not self._box.alive:
-            raise self._failure(self._box.verdict)
-        return self._box
+        if not box.alive:
+            raise self._failure(box.verdict)
+        return box
 
     def _require_workspace(self) -> Workspace:
         if self._workspace is None:

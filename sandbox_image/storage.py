@@ -58,7 +58,7 @@ class Storage:
 
     @classmethod
     def prepare(cls, data_dir: DataDir, blueprint: Blueprint, places: Sequence[Place], options: StorageOptions) -> Storage:
-        """Find out what can be done here, and get ready to do it. Must run before the process has a second thread.
+        """Find out what can be done here, and get ready to do it in these places. Must run before there is a second thread.
 
         Raises:
             StartupError: what was tried out does not work a second time.
@@ -86,6 +86,11 @@ class Storage:
         except OSError as error:
             raise StartupError(f"cannot prepare workspaces: {error.strerror}") from error
         return cls(data_dir, means, volumes, options)
+
+    @property
+    def mounts(self) -> bool:
+        """Whether workspaces are mounted, so that they can come and go while a box is there."""
+        return self._volumes is not None
 
     def limits(self) -> dict[str, Any]:
         """What is enforced, for `/health`; what is not, with the reason."""

@@ -51,11 +51,10 @@ class RunningServer:
 
     def workspace(self, slot: int = 0) -> Path:
         """Where a slot's workspace is, by a path that works from outside of the server's mount namespace."""
-        tail = f"/slot_{slot}/root/workspace"
+        tails = tuple(f"/slot_{slot}/{place}/workspace" for place in ("front", "back"))
         mounts = Path(f"/proc/{self.process.pid}/mountinfo").read_text().splitlines()
-        [mounted] = [point for point in (line.split()[4] for line in mounts) if point.endswith(tail)] or [
-            f"{self.data}/slots{tail}"
-        ]
+        # That of the slot before the last reset may not have gone yet.
+        *_, mounted = [point for point in (line.split()[4] for line in mounts) if point.endswith(tails)]
         return Path(f"/proc/{self.process.pid}/root{mounted}")
 
     def processes(self) -> list[int]:

@@ -157,10 +157,7 @@ async def test_a_box_that_dies_fails_until_the_reset(api: Api, server: RunningSe
 
 
 async def test_an_init_that_hangs_is_given_up(api: Api, server: RunningServer) -> None:
-    others = set(server.inits())
-    await api.reset()
-    init = next(pid for pid in server.inits() if pid not in others)
-    os.kill(init, signal.SIGSTOP)
+    os.kill(await init_of(api, server), signal.SIGSTOP)
     start = time.monotonic()
     call = {"slot_id": "slot_0", "tool": "bash", "args": {"command": "true"}, "timeout": 0.3}
     status, failure = await api.post("/execute", call)
@@ -171,12 +168,62 @@ async def test_an_init_that_hangs_is_given_up(api: Api, server: RunningServer) -
 
 
 async def test_an_idle_box_that_dies_is_noticed(api: Api, server: RunningServer) -> None:
-    others = set(server.inits())
-    await api.reset()
-    os.kill(next(pid for pid in server.inits() if pid not in others), signal.SIGKILL)
+    os.kill(await init_of(api, server), signal.SIGKILL)
     assert await _becomes(api, "failed")
     await api.reset()
     assert (await slots(api))["slot_0"] == "ready"
+
+
+async def test_a_box_in_which_nothing_ran_is_kept_for_the_next_workspace(api: Api, server: RunningServer) -> None:
+    name = secrets.token_hex(4)
+    await api.output("echo layer > file")
+    await api.post("/layers", {"slot_id": "slot_0", "name": name})
+    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    await api.reset()
+    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    boxes = set(server.inits())
+    for layer, listing in ((name, "file\n"), (None, ""), (name, "file\n")):
+        lease = api.lease
+        await api.reset(layer=layer)
+        assert api.lease != lease
+        _, shown = await api.post("/artifacts/list", {"slot_id": "slot_0"})
+        assert "".join(f"{entry['path']}\n" for entry in shown["entries"]) == listing
+        assert set(server.inits()) == boxes
+    used = await init_of(api, server)
+    assert used in boxes
+    await api.output("ls; echo mine > mine; test -e file")
+    await api.reset()
+    assert await api.output("ls") == ""
+    assert await init_of(api, server) not in (used, None)
+
+
+async def test_a_reset_needs_no_box_that_was_started_ahead(api: Api, server: RunningServer) -> None:
+    current = await init_of(api, server)
+    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    for pid in server.inits():
+        if pid != current:
+            os.kill(pid, signal.SIGKILL)
+    await api.reset()
+    assert await api.output("echo well; ls") == "well\n"
+    assert (await slots(api))["slot_0"] == "ready"
+    # One reset after another, so that none is ready.
+    for number in range(5):
+        await api.output(f"echo {number} > file{number}")
+        await api.reset()
+        assert await api.output("ls; pwd") == "/workspace\n"
+
+
+async def test_a_slot_full_of_processes_can_be_reset(api: Api) -> None:
+    await api.reset()
+    bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass"
+    running = asyncio.create_task(api.post("/execute", {
+        "slot_id": "slot_0", "tool": "bash", "args": {"command": f"python3 -c '{bomb}'"}, "timeout": 60,
+    }))  # fmt: skip
+    # The box for the reset cannot be started meanwhile.
+    await asyncio.sleep(0.7)
+    await api.reset()
+    assert (await running)[0] in (409, 502)
+    assert await api.output("echo well; ls -A") == "well\n"
 
 
 async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: RunningServer) -> None:
@@ -188,6 +235,12 @@ async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: Runn
         await api.reset()
         await api.output("sleep 100 & true")
     assert await asyncio.to_thread(eventually, lambda: held() <= before), (before, held())
+
+
+async def init_of(api: Api, server: RunningServer) -> int:
+    """The process outside that is PID 1 of a slot's box."""
+    namespace = (await api.output("readlink /proc/self/ns/pid")).strip()
+    return next(pid for pid in server.inits() if os.readlink(f"/proc/{pid}/ns/pid") == namespace)
 
 
 async def _becomes(api: Api, state: str) -> bool:

@@ -53,7 +53,7 @@ NAMES = ["..", ".", "a/b", "/etc", "", "a\nb", "a\0b", "x" * 129, "\ud800", "ä"
 
 async def test_names_that_lead_elsewhere(field: Field) -> None:
     """The name of a layer is a name and not a path."""
-    other = "../slots/slot_1/root/workspace"
+    other = "../slots/slot_1/front/workspace"
     # The control: joined to the directory of layers, this would be the other slot's workspace.
     assert (field.server.data / "layers" / other).exists()
     api = Api.over(field.server)

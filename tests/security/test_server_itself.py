@@ -230,13 +230,13 @@ ATTACKS = [
     Attack(
         "the host's mounts",
         "reads the data of all slots",
-        "ls $DATA_DIR/slots/slot_1/root $DATA_DIR/layers && echo BREACH",
+        "ls $DATA_DIR/slots/slot_1/front $DATA_DIR/layers && echo BREACH",
         Outside(),
     ),
     Attack(
         "a module in the server's way",
         "runs code in the server",
-        "for d in $DATA_DIR $DATA_DIR/slots $DATA_DIR/slots/slot_0 $DATA_DIR/slots/slot_0/root; "
+        "for d in $DATA_DIR $DATA_DIR/slots $DATA_DIR/slots/slot_0 $DATA_DIR/slots/slot_0/front; "
         "do echo x > $d/asyncio.py && echo BREACH; rm -f $d/asyncio.py; done",
         Outside(),
     ),
