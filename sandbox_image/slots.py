@@ -263,19 +263,19 @@ class Slot:
 
     async def _renew(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
         self._trouble = "it is being reset"
+        unused = layer
         try:
             try:
                 await self._boxes.vacate(network=network)
-            except BaseException:
-                self._storage.layers.leave(layer)
-                raise
             finally:
                 self._leave()
             if not self._storage.mounts:
                 # A box shows the directory that is there when it starts.
+                unused = None
                 await self._make(layer, for_layer)
             box = await self._boxes.occupy(network=network)
             if self._storage.mounts:
+                unused = None
                 await self._make(layer, for_layer)
             await box.enter(self._boxes.place.seen_as)
             # Only now: the end of a box's namespaces would hold up the mounts.
@@ -285,6 +285,8 @@ class Slot:
             self._boxes.dismiss()
             self._boxes.doom(str(error))
             raise
+        finally:
+            self._storage.layers.leave(unused)
         self.defences = box.defences
         self._network = network
         self._memory_kills = self._boxes.place.group.kills()
