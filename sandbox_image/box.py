@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import struct
@@ -202,6 +203,14 @@ class Box:
     def alive(self) -> bool:
         """Whether it can run a command."""
         return self._verdict is None and not self._closed
+
+    def still_runs(self) -> bool:
+        """Whether it is alive at this moment, even if the event loop has not heard of its end yet."""
+        if not self.alive or self._init_fd is None:
+            return False
+        end = select.poll()
+        end.register(self._init_fd, select.POLLIN)
+        return not end.poll(0)
 
     @property
     def verdict(self) -> str:

@@ -111,14 +111,14 @@ class Boxes:
 
     def _is_fresh(self, network: bool) -> bool:
         box = self._box
-        return self._ahead and box is not None and box.alive and not box.used and self._network == network
+        return self._ahead and box is not None and not box.used and box.still_runs() and self._network == network
 
     async def _take_spare(self, network: bool) -> Box | None:
         if self._starting is not None:
             self._hurry.set()
             await asyncio.wait([self._starting])
         spare = self._spare
-        if spare is None or not spare.alive or self._spare_network != network:
+        if spare is None or not spare.still_runs() or self._spare_network != network:
             return None
         self._spare = None
         return spare

@@ -285,8 +285,10 @@ async def _serve(
 ) -> None:
     stop = _stop_event(options)
     starts = asyncio.Semaphore(os.cpu_count() or 1)
+    # Without isolation, what still runs could reach the next workspace.
+    ahead = storage.mounts and blueprint.isolation != "none"
     slots = {
-        f"slot_{index}": Slot(f"slot_{index}", Boxes(blueprint, pair, starts, ahead=storage.mounts), blueprint, storage)
+        f"slot_{index}": Slot(f"slot_{index}", Boxes(blueprint, pair, starts, ahead=ahead), blueprint, storage)
         for index, pair in enumerate(places)
     }
     server = SlotServer(slots, storage, blueprint, data_dir.path, options.token)

@@ -303,6 +303,8 @@ class Slot:
         frozen, self._frozen = self._frozen, None
         terminals, self._terminals = self._terminals, None
         if terminals is not None:
+            # What they have in the box ends with it.
+            self._boxes.dismiss()
             terminals.close()
         if workspace is not None:
             self._past.append(workspace)

@@ -9,7 +9,7 @@ import signal
 import time
 
 from sandbox_image.box import KILL_MARGIN_S
-from tests.sandbox_image.running import Api, RunningServer, eventually, someone_runs
+from tests.sandbox_image.running import Api, RunningServer, alive, eventually, someone_runs
 
 
 async def slots(api: Api) -> dict[str, str]:
@@ -178,9 +178,8 @@ async def test_a_box_in_which_nothing_ran_is_kept_for_the_next_workspace(api: Ap
     name = secrets.token_hex(4)
     await api.output("echo layer > file")
     await api.post("/layers", {"slot_id": "slot_0", "name": name})
-    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
     await api.reset()
-    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    await all_started(api, server)
     boxes = set(server.inits())
     for layer, listing in ((name, "file\n"), (None, ""), (name, "file\n")):
         lease = api.lease
@@ -198,11 +197,12 @@ async def test_a_box_in_which_nothing_ran_is_kept_for_the_next_workspace(api: Ap
 
 
 async def test_a_reset_needs_no_box_that_was_started_ahead(api: Api, server: RunningServer) -> None:
-    current = await init_of(api, server)
-    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    await all_started(api, server)
+    in_use = [await init_of(Api(api.session, slot), server) for slot in ("slot_0", "slot_1")]
     for pid in server.inits():
-        if pid != current:
+        if pid not in in_use:
             os.kill(pid, signal.SIGKILL)
+            assert await asyncio.to_thread(eventually, lambda pid=pid: not alive(pid))
     await api.reset()
     assert await api.output("echo well; ls") == "well\n"
     assert (await slots(api))["slot_0"] == "ready"
@@ -235,6 +235,14 @@ async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: Runn
         await api.reset()
         await api.output("sleep 100 & true")
     assert await asyncio.to_thread(eventually, lambda: held() <= before), (before, held())
+
+
+async def all_started(api: Api, server: RunningServer) -> None:
+    """Wait until both slots have a box, and one for the next reset each."""
+    await Api(api.session, "slot_1").reset()
+    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    # They have to report as well.
+    await asyncio.sleep(0.3)
 
 
 async def init_of(api: Api, server: RunningServer) -> int:

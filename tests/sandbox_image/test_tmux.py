@@ -352,6 +352,10 @@ async def test_without_isolation(other_user: bool) -> None:
 async def test_boxes_hold_no_more_than_they_need(api: Api, server: RunningServer) -> None:
     """Descriptors of the server are given back."""
     descriptors = f"/proc/{server.process.pid}/fd"
+    await Api(api.session, "slot_1").reset()
+    # Two slots, each with the box of its next reset.
+    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
+    await asyncio.sleep(0.3)
     before = len(os.listdir(descriptors))
     for _ in range(3):
         await api.tmux("start")
