@@ -7,34 +7,27 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sandbox_image.blueprint import Blueprint, Place
 from sandbox_image.cgroups import SlotGroup
+from sandbox_image.channel import InitChannel, Reply
 from sandbox_image.defences import Defence, check_required, inspect, read_limits
 from sandbox_image.errors import BoxError, ToolError
-from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 from sandbox_image.network import PORT, BoxProxy, NetworkPolicy
 
 START_TIMEOUT_S = 30.0
 KILL_MARGIN_S = 5.0
 """How long the init may take to kill a command that ran out of time before the whole box is given up."""
-_REPLY_BYTES = 4096
 _PIPE_READ = 65536
-_CREDENTIALS = struct.Struct("3i")
-_DESCRIPTOR = struct.Struct("i")
-_REPLY_ANCILLARY_BYTES = socket.CMSG_SPACE(_DESCRIPTOR.size)
 
 
 @dataclass
 class _Call:
     number: bytes
     sink: Callable[[bytearray], None]
-    done: asyncio.Future[list[bytes]]
     expired: bool = False
 
 
@@ -50,10 +43,10 @@ class CommandEnd:
 class Kept:
     """A command that runs beside those of the calls until it ends or is killed."""
 
-    def __init__(self, box: Box, number: bytes) -> None:
-        self._box = box
+    def __init__(self, channel: InitChannel, number: bytes) -> None:
+        self._channel = channel
         self._number = number
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.ended = channel.exit_of(number)
         """Its exit status (128 + N for signal N), set when it and all that it started are dead; `BoxError` if the box died."""
 
     def interrupt(self) -> None:
@@ -62,7 +55,7 @@ class Kept:
         Raises:
             BoxError: the box died.
         """
-        self._box.order(b"interrupt", self._number)
+        self._channel.order(b"interrupt", self._number)
 
     def kill(self) -> None:
         """Kill it and all that it started, without waiting for it.
@@ -70,7 +63,7 @@ class Kept:
         Raises:
             BoxError: the box died.
         """
-        self._box.order(b"kill", self._number)
+        self._channel.order(b"kill", self._number)
 
 
 @dataclass
@@ -78,25 +71,20 @@ class Box:
     """A running sandbox. Belongs to the event loop's thread, to which bubblewrap's life is tied."""
 
     _process: subprocess.Popen[bytes]
-    _control: socket.socket
+    _channel: InitChannel
     _output: int
     _complaints: int
     _exit_fd: int
-    _hello: asyncio.Future[dict[str, str]]
     _exited: asyncio.Future[None]
     _contained: bool
     _group: SlotGroup
     defences: dict[str, Defence] = field(default_factory=dict)
     """What was found when it started."""
-    _init: int | None = None
-    _proxy: BoxProxy | None = None
     used: bool = False
     """Whether a command has been started in it."""
+    _proxy: BoxProxy | None = None
     _init_fd: int | None = None
     _call: _Call | None = None
-    _orders: int = 0
-    _answers: dict[bytes, asyncio.Future[list[int]]] = field(default_factory=dict)
-    _kept: dict[bytes, Kept] = field(default_factory=dict)
     _verdict: str | None = None
     _closed: bool = False
     _buffer: bytearray = field(default_factory=lambda: bytearray(_PIPE_READ))
@@ -112,8 +100,9 @@ class Box:
         box = cls._spawn(blueprint, place, network)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                facts = await box._hello
-            box._check(blueprint, place, facts)
+                init, facts = await box._channel.hello
+            box._take_charge(init)
+            box._check(blueprint, place, init, facts)
             if network and box._contained:
                 await box._open_network(blueprint.policy)
         except TimeoutError:
@@ -127,25 +116,23 @@ class Box:
     @classmethod
     def _spawn(cls, blueprint: Blueprint, place: Place, network: bool) -> Box:
         loop = asyncio.get_running_loop()
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # What it calls belongs to the box, which is not there yet; nothing comes before the event loop runs again.
+        channel = InitChannel(on_reply=lambda: box._drain(), on_lost=lambda reason: box._lost(reason))
         output, their_output = os.pipe()
         complaints = os.memfd_create("complaints")
         seccomp_filter = _filter_file(blueprint)
-        passed_on = [theirs.fileno(), their_output, *([] if seccomp_filter is None else [seccomp_filter])]
+        theirs = [their_output, *([] if seccomp_filter is None else [seccomp_filter])]
         try:
-            control.setblocking(False)
             os.set_blocking(output, False)
             if place.uid is not None:
                 # The right to open /dev/stdout and /dev/stderr is that to the pipe's inode, which would be ours alone.
                 os.fchown(their_output, place.uid, place.uid)
-            # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
-            control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             process = subprocess.Popen(
-                blueprint.argv(place, control=theirs.fileno(), output=their_output, seccomp_filter=seccomp_filter),
+                blueprint.argv(place, control=channel.their_end, output=their_output, seccomp_filter=seccomp_filter),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
-                pass_fds=passed_on,
+                pass_fds=[channel.their_end, *theirs],
                 cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
                 env=blueprint.environment(place, network=network),
                 start_new_session=True,
@@ -154,37 +141,33 @@ class Box:
                 extra_groups=None if place.uid is None else [],
             )
         except OSError as error:
-            control.close()
+            channel.close()
             os.close(output)
             os.close(complaints)
             raise BoxError(f"cannot start a box: {error}") from error
         finally:
-            theirs.close()
-            for descriptor in passed_on[1:]:
+            for descriptor in theirs:
                 os.close(descriptor)
+        contained = blueprint.isolation != "none"
         exit_fd = os.pidfd_open(process.pid)
-        box = cls(
-            process,
-            control,
-            output,
-            complaints,
-            exit_fd,
-            loop.create_future(),
-            loop.create_future(),
-            blueprint.isolation != "none",
-            place.group,
-        )
-        loop.add_reader(control, box._on_hello)
+        box = cls(process, channel, output, complaints, exit_fd, loop.create_future(), contained, place.group)
+        channel.open()
         loop.add_reader(output, box._on_output)
         loop.add_reader(exit_fd, box._on_exit)
         return box
 
-    def _check(self, blueprint: Blueprint, place: Place, facts: dict[str, str]) -> None:
-        """Look for the defences of a box that has just started, before it gets a command."""
-        if self._init is None:
-            raise BoxError("the kernel does not tell which process its init is")
+    def _take_charge(self, init: int) -> None:
+        """Put the init under the limits of its slot, before it has started anything."""
         try:
-            limits = read_limits(self._init)
+            self._init_fd = os.pidfd_open(init)
+            self._group.add(init)
+        except OSError as error:
+            raise BoxError(f"it cannot be limited: {error}") from error
+
+    def _check(self, blueprint: Blueprint, place: Place, init: int, facts: dict[str, str]) -> None:
+        """Look for the defences of a box that has just started, before it gets a command."""
+        try:
+            limits = read_limits(init)
         except OSError as error:
             raise BoxError(f"its limits cannot be read: {error.strerror}") from error
         self.defences = inspect(blueprint, place, facts, limits)
@@ -238,11 +221,10 @@ class Box:
             raise BoxError(self.verdict)
         self.used = True
         loop = asyncio.get_running_loop()
-        call = self._call = _Call(self._new_number(), sink, loop.create_future())
+        call = self._call = _Call(self._channel.new_number(), sink)
         timer = loop.call_later(timeout_s, self._expire, call)
         try:
-            self.order(b"run", call.number, cwd, *variables, command)
-            kind, _, text = await call.done
+            reply = await self._channel.ask(b"run", call.number, cwd, *variables, command)
         except BaseException:
             # Whatever interrupts the wait, a command that nobody waits for must not run on.
             self._call = None
@@ -251,9 +233,9 @@ class Box:
         finally:
             timer.cancel()
             self._call = None
-        if kind == b"error":
-            return CommandEnd(None, error=text.decode(errors="replace"))
-        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(text))
+        if reply.kind == b"error":
+            return CommandEnd(None, error=reply.text.decode(errors="replace"))
+        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(reply.text))
 
     async def keep(
         self, command: bytes, descriptors: Sequence[int], *, cwd: bytes = b"", variables: Sequence[bytes] = ()
@@ -267,12 +249,12 @@ class Box:
             BoxError: the box died.
         """
         self.used = True
-        kept = Kept(self, self._new_number())
-        self._kept[kept._number] = kept
+        number = self._channel.new_number()
+        kept = Kept(self._channel, number)
         try:
-            await self._ask(b"keep", kept._number, cwd, *variables, command, descriptors=descriptors)
+            await self._ask(b"keep", number, cwd, *variables, command, descriptors=descriptors)
         except BaseException:
-            self._kept.pop(kept._number, None)
+            self._channel.forget(number)
             raise
         return kept
 
@@ -283,7 +265,7 @@ class Box:
             ToolError: it is no directory, or cannot be written.
             BoxError: the box died.
         """
-        await self._ask(b"enter", self._new_number(), os.fsencode(path))
+        await self._ask(b"enter", self._channel.new_number(), os.fsencode(path))
 
     async def listen(self, port: int) -> socket.socket:
         """A socket that listens on 127.0.0.1 in the box's network.
@@ -292,10 +274,10 @@ class Box:
             ToolError: the port is taken.
             BoxError: the box died.
         """
-        descriptors = await self._ask(b"listen", self._new_number(), b"%d" % port)
-        if len(descriptors) != 1:
+        reply = await self._ask(b"listen", self._channel.new_number(), b"%d" % port)
+        if len(reply.descriptors) != 1:
             raise BoxError("its init sent no socket")
-        return socket.socket(fileno=descriptors[0])
+        return socket.socket(fileno=reply.descriptors[0])
 
     def doom(self, reason: str) -> None:
         """Kill all that is in the box, without waiting for it; the running call ends with `reason`."""
@@ -303,17 +285,10 @@ class Box:
             return
         if self._verdict is None:
             self._verdict = reason
-        if self._call is not None and not self._call.done.done():
-            self._call.done.set_exception(BoxError(reason))
-        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *(kept.ended for kept in self._kept.values())]
-        for future in waiting:
-            if not future.done():
-                future.set_exception(BoxError(reason))
-                # Nobody may be waiting for it.
-                future.exception()
+        self._channel.fail(BoxError(self._verdict))
         if not self._contained:
             # Without a namespace only the init knows what it started; it kills that and leaves when the socket closes.
-            self._control.shutdown(socket.SHUT_RDWR)
+            self._channel.shut_down()
             asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._process.kill)
         elif self._init_fd is not None:
             try:
@@ -348,134 +323,52 @@ class Box:
         if self._closed:
             return
         self._closed = True
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._control)
-        loop.remove_reader(self._output)
+        asyncio.get_running_loop().remove_reader(self._output)
         if self._proxy is not None:
             self._proxy.close()
-        self._control.close()
+        self._channel.close()
         for descriptor in (self._output, self._complaints, self._exit_fd, self._init_fd):
             if descriptor is not None:
                 os.close(descriptor)
 
-    def order(self, *parts: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send the init a message.
+    async def _ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> Reply:
+        """Give the init an order that it follows at once.
 
         Raises:
+            ToolError: it cannot.
             BoxError: the box died.
         """
-        packet = b"\0".join(parts)
-        try:
-            if len(packet) > PACKET_BYTES:
-                with open(os.memfd_create("message"), "wb") as file:
-                    file.write(packet)
-                    file.flush()
-                    socket.send_fds(self._control, [BY_REFERENCE], [file.fileno()])
-            elif descriptors:
-                socket.send_fds(self._control, [packet], list(descriptors))
-            else:
-                self._control.send(packet)
-        except OSError as error:
-            raise BoxError(f"the box does not take a command: {error.strerror}") from error
-
-    async def _ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> list[int]:
-        """Send a message and wait for its answer; the descriptors that came with it."""
         if not self.alive:
             raise BoxError(self.verdict)
-        answer: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
         try:
-            self.order(kind, number, *parts, descriptors=descriptors)
             async with asyncio.timeout(START_TIMEOUT_S):
-                return await answer
+                reply = await self._channel.ask(kind, number, *parts, descriptors=descriptors)
         except TimeoutError:
             self.doom("its init did not answer")
             raise BoxError(self.verdict) from None
-        finally:
-            del self._answers[number]
-
-    def _new_number(self) -> bytes:
-        self._orders += 1
-        return b"%d" % self._orders
+        if reply.kind == b"error":
+            raise ToolError(reply.text.decode(errors="replace"))
+        return reply
 
     def _expire(self, call: _Call) -> None:
-        if call.done.done():
+        if call is not self._call:
             return
         call.expired = True
         try:
-            self.order(b"kill", call.number)
+            self._channel.order(b"kill", call.number)
         except BoxError as error:
             self.doom(str(error))
             return
         asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._give_up, call)
 
     def _give_up(self, call: _Call) -> None:
-        if not call.done.done():
+        if call is self._call:
             self.doom("its init did not answer")
 
-    def _on_hello(self) -> None:
-        packet, ancillary, _, _ = self._control.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
-        loop = asyncio.get_running_loop()
-        if not packet:
-            loop.remove_reader(self._control)
-            self._lost("its init is gone")
-            return
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                self._init = _CREDENTIALS.unpack_from(payload)[0]
-                self._init_fd = os.pidfd_open(self._init)
-                self._limit(self._init)
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        loop.add_reader(self._control, self._on_message)
-        if not self._hello.done():
-            lines = packet.split(b"\0", 1)[1].decode(errors="replace").splitlines()
-            self._hello.set_result(dict(line.split(":\t", 1) for line in lines if ":\t" in line))
-
-    def _limit(self, pid: int) -> None:
-        """Put the init under the limits of its slot, before it has started anything."""
-        try:
-            self._group.add(pid)
-        except OSError as error:
-            self._lost(f"it cannot be limited: {error}")
-
-    def _on_message(self) -> None:
-        descriptors: list[int] = []
-        try:
-            packet, ancillary, _, _ = self._control.recvmsg(_REPLY_BYTES, _REPLY_ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionError:
-            packet, ancillary = b"", []
-        if not packet:
-            asyncio.get_running_loop().remove_reader(self._control)
-            self._lost("its init is gone")
-            return
-        for _, _, payload in ancillary:
-            descriptors.append(_DESCRIPTOR.unpack_from(payload)[0])
-        reply = packet.split(b"\0")
-        call = self._call
-        if call is not None and reply[1] == call.number:
-            if not call.done.done():
-                # Everybody who could write is dead, so what is in the pipe now is all there is.
-                while self._on_output():
-                    pass
-                call.done.set_result(reply)
-            return
-        self._on_answer(reply, descriptors)
-
-    def _on_answer(self, reply: list[bytes], descriptors: list[int]) -> None:
-        """Hand an answer that is not about the running call to whoever waits for it."""
-        kind, number, text = reply
-        answer, kept = self._answers.get(number), self._kept.get(number)
-        if kind == b"exit" and kept is not None:
-            del self._kept[number]
-            if not kept.ended.done():
-                kept.ended.set_result(int(text))
-        elif answer is None or answer.done():
-            for descriptor in descriptors:
-                os.close(descriptor)
-        elif kind == b"error":
-            answer.set_exception(ToolError(text.decode(errors="replace")))
-        else:
-            answer.set_result(descriptors)
+    def _drain(self) -> None:
+        """When a command's end is reported, everybody who could write is dead: what is in the pipe then is all there is."""
+        while self._on_output():
+            pass
 
     def _on_output(self) -> bool:
         """Take what is in the pipe; whether there was something."""
@@ -502,8 +395,6 @@ class Box:
         if complaint:
             reason = f"{reason}: {complaint.splitlines()[-1]}"
         self.doom(reason)
-        if not self._hello.done():
-            self._hello.set_exception(BoxError(reason))
 
 
 def _filter_file(blueprint: Blueprint) -> int | None:

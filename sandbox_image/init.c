@@ -363,8 +363,9 @@ static enum role run(const struct message *order) {
 }
 
 static void interrupt_kept_shell(int number) {
-    if (kept_shell > 0)
-        kill(-kept_shell, number);
+    /* Before it has a group of its own, the interrupt waits for it to take signals. */
+    if (kill(-kept_shell, number) < 0)
+        kill(kept_shell, number);
 }
 
 /* In a fork: stay as the one to whom all that is started from here comes back, and end as the shell ends. */
@@ -582,11 +583,13 @@ __attribute__((constructor)) static void begin(int count, char **arguments, char
         signal(number, SIG_DFL);
     /* A child's end interrupts the wait for orders, and nothing else. */
     struct sigaction on_child = {.sa_handler = be_woken};
-    sigset_t children;
+    sigset_t on_hold;
     sigemptyset(&no_signals);
-    sigemptyset(&children);
-    sigaddset(&children, SIGCHLD);
-    sigprocmask(SIG_SETMASK, &children, NULL);
+    sigemptyset(&on_hold);
+    sigaddset(&on_hold, SIGCHLD);
+    /* For keepers, who take none before they know whom it is for. */
+    sigaddset(&on_hold, SIGINT);
+    sigprocmask(SIG_SETMASK, &on_hold, NULL);
     sigaction(SIGCHLD, &on_child, NULL);
     introduce();
     /* Commands run as the same user: without this they could trace us, or take the control socket and answer in our name. */

@@ -173,6 +173,8 @@ class Init:
             if cwd:
                 # The keeper goes there, but has nobody to complain to.
                 os.close(os.open(cwd, os.O_PATH | os.O_DIRECTORY))
+            # The keeper takes no interrupt before it knows whom it is for.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             pid = os.fork()
             if pid == 0:
                 self._be_keeper(cwd, variables, command, descriptors)
@@ -182,6 +184,7 @@ class Init:
             self._kept.append(Child(pid, number))
             self.send(b"done", number, b"")
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for descriptor in descriptors:
                 os.close(descriptor)
 
@@ -196,6 +199,7 @@ class Init:
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             shell = self._start(cwd, variables, ("sh", "-c", command), _as_descriptors(descriptors))
             signal.signal(signal.SIGINT, lambda number, frame: os.killpg(shell, number))
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
             os.closerange(0, os.sysconf("SC_OPEN_MAX"))
             pid, status = os.waitpid(-1, 0)
             while pid != shell:

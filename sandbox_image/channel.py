@@ -1,0 +1,169 @@
+"""The socket over which the init of a box takes its orders; `sandbox_image.init` has the messages."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox_image.errors import BoxError
+from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
+
+_REPLY_BYTES = 4096
+_CREDENTIALS = struct.Struct("3i")
+_DESCRIPTOR = struct.Struct("i")
+_REPLY_ANCILLARY_BYTES = socket.CMSG_SPACE(_DESCRIPTOR.size)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the init says to an order."""
+
+    kind: bytes
+    text: bytes
+    descriptors: list[int] = field(default_factory=list)
+
+
+class InitChannel:
+    """The server's end. Each order has a number, by which the init's replies find whoever waits for them."""
+
+    def __init__(self, *, on_reply: Callable[[], None], on_lost: Callable[[str], None]) -> None:
+        """`on_reply` is called before anybody gets a reply, `on_lost` when the init is gone, with how that is known."""
+        self.hello: asyncio.Future[tuple[int, dict[str, str]]] = asyncio.get_running_loop().create_future()
+        """Which process the init is and what it reports: see `sandbox_image.init.facts`."""
+        self._on_reply = on_reply
+        self._on_lost = on_lost
+        self._orders = 0
+        self._answers: dict[bytes, asyncio.Future[Reply]] = {}
+        self._exits: dict[bytes, asyncio.Future[int]] = {}
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    @property
+    def their_end(self) -> int:
+        """The descriptor that the init inherits."""
+        return self._theirs.fileno()
+
+    def open(self) -> None:
+        """Listen; the init has been started with its end."""
+        self._theirs.close()
+        asyncio.get_running_loop().add_reader(self._socket, self._on_hello)
+
+    def close(self) -> None:
+        """Hang up."""
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
+        self._theirs.close()
+
+    def shut_down(self) -> None:
+        """Let the init see that nobody will give it orders any more."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def fail(self, error: BoxError) -> None:
+        """Whoever waits for the init waits in vain."""
+        waiting: list[asyncio.Future[Any]] = [self.hello, *self._answers.values(), *self._exits.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                # Nobody may be waiting for it.
+                future.exception()
+
+    def new_number(self) -> bytes:
+        """A number for an order."""
+        self._orders += 1
+        return b"%d" % self._orders
+
+    def exit_of(self, number: bytes) -> asyncio.Future[int]:
+        """What will be the exit status of a kept command; to be asked for before the order is given."""
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._exits[number] = future
+        return future
+
+    def forget(self, number: bytes) -> None:
+        """Nobody waits for that kept command any more."""
+        self._exits.pop(number, None)
+
+    async def ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> Reply:
+        """Give an order and wait for its answer.
+
+        Raises:
+            BoxError: the init does not take it, or is gone before it answers.
+        """
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self.order(kind, number, *parts, descriptors=descriptors)
+            return await answer
+        finally:
+            del self._answers[number]
+
+    def order(self, *parts: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Give an order, without waiting for an answer.
+
+        Raises:
+            BoxError: the init does not take it.
+        """
+        packet = b"\0".join(parts)
+        try:
+            if len(packet) > PACKET_BYTES:
+                with open(os.memfd_create("message"), "wb") as file:
+                    file.write(packet)
+                    file.flush()
+                    socket.send_fds(self._socket, [BY_REFERENCE], [file.fileno()])
+            elif descriptors:
+                socket.send_fds(self._socket, [packet], list(descriptors))
+            else:
+                self._socket.send(packet)
+        except OSError as error:
+            raise BoxError(f"the box does not take a command: {error.strerror}") from error
+
+    def _on_hello(self) -> None:
+        received = self._receive(PACKET_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+        if received is None:
+            return
+        packet, ancillary = received
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        asyncio.get_running_loop().add_reader(self._socket, self._on_message)
+        pids = [_CREDENTIALS.unpack_from(payload)[0] for _, kind, payload in ancillary if kind == socket.SCM_CREDENTIALS]
+        if not pids:
+            self._on_lost("the kernel does not tell which process its init is")
+        elif not self.hello.done():
+            lines = packet.split(b"\0", 1)[1].decode(errors="replace").splitlines()
+            self.hello.set_result((pids[0], dict(line.split(":\t", 1) for line in lines if ":\t" in line)))
+
+    def _on_message(self) -> None:
+        received = self._receive(_REPLY_BYTES, _REPLY_ANCILLARY_BYTES)
+        if received is None:
+            return
+        packet, ancillary = received
+        self._on_reply()
+        kind, number, text = packet.split(b"\0")
+        descriptors = [_DESCRIPTOR.unpack_from(payload)[0] for _, _, payload in ancillary]
+        answer, end = self._answers.get(number), self._exits.get(number)
+        if kind == b"exit" and end is not None:
+            del self._exits[number]
+            if not end.done():
+                end.set_result(int(text))
+        elif answer is not None and not answer.done():
+            answer.set_result(Reply(kind, text, descriptors))
+        else:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _receive(self, size: int, ancillary_size: int) -> tuple[bytes, list[tuple[int, int, bytes]]] | None:
+        """The next packet and what came with it; None if the init is gone."""
+        try:
+            packet, ancillary, _, _ = self._socket.recvmsg(size, ancillary_size, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            packet, ancillary = b"", []
+        if packet:
+            return packet, ancillary
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._on_lost("its init is gone")
+        return None
