@@ -51,8 +51,14 @@ async def test_the_pipes_of_a_shell_that_stays(field: Field) -> None:
         "printf 'x ended 0\\nended 0\\n0\\n' | timeout 1 tee $f; done; done > /dev/null 2>&1; (exit 3)"
     )
     # The control: who reads the last number of what comes takes it for the status.
+    # Its parent is a shell as well: what it scribbles on must not be ours.
     done = await asyncio.to_thread(
-        subprocess.run, ["sh", "-c", scribble + "; echo 0"], capture_output=True, text=True, check=False
+        subprocess.run,
+        ["sh", "-c", 'sh -c "$0"; true', f"{scribble}; echo 0"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.split()[-1] == "0"
     api = Api.over(field.server)
