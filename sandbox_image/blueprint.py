@@ -33,6 +33,7 @@ TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, 
 
 _SHOWN_COMMAND_CHARACTERS = 1024
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SETPRIV = "/usr/bin/setpriv"
 _MERGED_DIRECTORIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = (
     "/etc/ld.so.cache",
@@ -117,6 +118,8 @@ class Blueprint:
             StartupError: something is missing; the text names the remedy.
         """
         bubblewrap, options = ("", frozenset[str]()) if isolation == "none" else _find_bubblewrap()
+        if os.geteuid() == 0 and not os.path.exists(_SETPRIV):
+            raise StartupError(f"{_SETPRIV} is not there; install util-linux or be an ordinary user")
         prefix = os.path.realpath(sys.base_prefix)
         shown = [*([] if _is_below(prefix, "/usr") else [prefix]), *(_check_shown(path) for path in read_only)]
         slots_directory = data_dir / "slots"
@@ -179,8 +182,8 @@ class Blueprint:
             interpreter = os.path.realpath(sys.executable)
             if self.prefix in self.shown:
                 interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
-            return [interpreter, *init]
-        box = [self.bubblewrap, *self._box_options(place)]
+            return [*_become(place.uid), interpreter, *init]
+        box = [*_become(place.uid), self.bubblewrap, *self._box_options(place)]
         if seccomp_filter is not None:
             box += ["--seccomp", str(seccomp_filter)]
         if self.compiled_init:
@@ -280,6 +283,14 @@ def _check_shown(path: str) -> str:
     if not os.path.exists(path):
         raise StartupError(f"--read-only {path}: no such file or directory")
     return path
+
+
+def _become(uid: int | None) -> list[str]:
+    """How a command line begins that runs as a slot's user.
+
+    By a program, because the interpreter would have to copy itself to change its user, which stops it for milliseconds.
+    """
+    return [] if uid is None else [_SETPRIV, f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 
 
 def _find_bubblewrap() -> tuple[str, frozenset[str]]:

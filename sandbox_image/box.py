@@ -101,7 +101,7 @@ class Box:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 init, facts = await box._channel.hello
-            box._take_charge(init)
+                await box._take_charge(init)
             box._check(blueprint, place, init, facts)
             if network and box._contained:
                 await box._open_network(blueprint.policy)
@@ -136,9 +136,6 @@ class Box:
                 cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
                 env=blueprint.environment(place, network=network),
                 start_new_session=True,
-                user=place.uid,
-                group=place.uid,
-                extra_groups=None if place.uid is None else [],
             )
         except OSError as error:
             channel.close()
@@ -156,11 +153,12 @@ class Box:
         loop.add_reader(exit_fd, box._on_exit)
         return box
 
-    def _take_charge(self, init: int) -> None:
+    async def _take_charge(self, init: int) -> None:
         """Put the init under the limits of its slot, before it has started anything."""
         try:
             self._init_fd = os.pidfd_open(init)
-            self._group.add(init)
+            # The kernel may let whoever moves a process wait for all processors, for 10 ms and more.
+            await asyncio.to_thread(self._group.add, init)
         except OSError as error:
             raise BoxError(f"it cannot be limited: {error}") from error
 

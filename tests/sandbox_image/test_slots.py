@@ -230,6 +230,7 @@ async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: Runn
     def held() -> tuple[int, int]:
         return len(server.processes()), len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
+    await all_started(api, server)
     before = held()
     for _ in range(20):
         await api.reset()
