@@ -106,7 +106,7 @@ def slot_server(directory: Path, command: list[str]) -> Iterator[Connection]:
         process.terminate()
 
 
-def ways(server: Connection) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
+def ways(server: Connection) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """What is done before each turn and is not measured, and what is."""
     snapshots = iter(range(1_000_000))
 
@@ -131,8 +131,8 @@ def ways(server: Connection) -> dict[str, tuple[Callable[[], None], Callable[[],
 
     return {
         "bare": (lambda: None, bare),
-        "reset": (use, lambda: server.post("/reset", slot_id="slot_0") and None),
-        "reset to the layer": (use, lambda: server.post("/reset", slot_id="slot_0", layer="layer") and None),
+        "reset": (use, lambda: server.post("/reset", slot_id="slot_0")),
+        "reset to the layer": (use, lambda: server.post("/reset", slot_id="slot_0", layer="layer")),
         "fresh slot": (use, fresh),
         "fresh slot, nothing ahead": (fresh, fresh),
         "snapshot of 100 files": (fill, snapshot),
