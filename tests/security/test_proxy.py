@@ -1,0 +1,186 @@
+"""Attacks of slots that may reach the network: by its proxy, on the machine that the proxy runs on and on what is near it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.sandbox_image.running import Api
+from tests.security.attack import Attack, leaks, python
+from tests.security.field import Field, field_of
+from tests.security.sites import InSlot, Outside
+from tests.security.table import hold, still_works
+
+ASK = """
+host, port = os.environ["TARGET"], int(os.environ["TCP_PORT"])
+def ask(head, host=host):
+    "What comes back: from the proxy where there is one, else from the host itself, as from a proxy that asks no questions."
+    proxy = os.environ.get("http_proxy")
+    address = ("127.0.0.1", 3128) if proxy else (host.strip("[]"), port)
+    with socket.create_connection(address, 1) as client:
+        if proxy:
+            client.sendall(head.encode("latin-1"))
+        answer = b""
+        try:
+            while chunk := client.recv(4096):
+                answer += chunk
+        except OSError:
+            pass
+    print(answer.decode("latin-1"))
+"""
+TUNNEL = python('ask(f"CONNECT {host}:{port} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")\njudge(False)', ASK)
+FETCH = python('ask(f"GET http://{host}:{port}/ HTTP/1.1\\r\\nHost: example.org\\r\\n\\r\\n")\njudge(False)', ASK)
+LOOPBACKS = [
+    "127.0.0.1",
+    "localhost",
+    "LOCALHOST",
+    "127.1",
+    "2130706433",
+    "0x7f000001",
+    "0177.0.0.1",
+    "0.0.0.0",
+    "0",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]",
+    "[0:0:0:0:0:ffff:127.0.0.1]",
+]
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+async def test_the_loopback_by_the_proxy(field: Field, host: str) -> None:
+    """Whatever the machine's loopback is called, the proxy does not connect to it."""
+    for script in (TUNNEL, FETCH):
+        attack = Attack("", "talks to services of the machine", f"export TARGET={host}; {script}", Outside(), leaks)
+        outcome = await hold(field, attack, InSlot(network=True))
+        assert "403 Forbidden" in outcome.text or "400 Bad Request" in outcome.text, outcome
+
+
+SPELLINGS = [
+    "http://example.org@{host}:{port}/",
+    "http://example.org:80@{host}:{port}/",
+    "http://{host}:{port}#@example.org/",
+    "http://{host}:{port}?@example.org/",
+    "http://{host}:{port}\\\\@example.org/",
+    "http://{host}:{port}%2f@example.org/",
+    "http://{host}.:{port}/",
+    "http:{host}:{port}/",
+    "http:///{host}:{port}/",
+    "HTTP://{host}:{port}/",
+    "//{host}:{port}/",
+    "http://[{host}]:{port}/",
+    "http://{host}:{port}/ HTTP/1.1\\r\\nHost: example.org\\r\\n\\r\\nGET http://{host}:{port}/",
+]
+
+
+async def test_addresses_that_read_two_ways(field: Field) -> None:
+    """The proxy connects to what it has checked, however an address is written."""
+    requests = [f'ask(f"GET {spelling} HTTP/1.1\\r\\nHost: {{host}}\\r\\n\\r\\n")' for spelling in SPELLINGS]
+    requests += [
+        'ask(f"CONNECT {host}:{port} HTTP/1.0\\r\\n\\r\\n")',
+        'ask(f"CONNECT example.org@{host}:{port} HTTP/1.1\\r\\n\\r\\n")',
+        'ask(f"CONNECT [::ffff:{host}%25lo]:{port} HTTP/1.1\\r\\n\\r\\n")',
+        'ask(f"POST http://{host}:{port}/ HTTP/1.1\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n0\\r\\n\\r\\n")',
+    ]
+    script = python("\n".join([*requests, "judge(False)"]), ASK)
+    attack = Attack(
+        "", "talks to services of the machine", f"export TARGET=127.0.0.1; {script}", Outside(), leaks, timeout_s=60
+    )
+    await hold(field, attack, InSlot(network=True))
+
+
+NEIGHBOURS = [
+    "169.254.169.254", "[fd00:ec2::254]", "168.63.129.16", "10.0.0.1", "172.17.0.1", "192.168.1.1", "100.64.0.1", "[fe80::1]",
+    "[fc00::1]", "[::1]", "[::]", "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "[64:ff9b::7f00:1]",
+    "[2002:7f00:1::]", "[2001::1]",
+]  # fmt: skip
+
+
+async def test_neighbours_by_the_proxy(field: Field) -> None:
+    """A cloud's metadata, private networks, and addresses that stand for others are refused before anybody connects."""
+    script = python(
+        f"""
+        for host in {NEIGHBOURS}:
+            started = time.monotonic()
+            with socket.create_connection(("127.0.0.1", 3128), 3) as client:
+                client.sendall(f"CONNECT {{host}}:80 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode())
+                answer = client.recv(4096)
+            judge(b"403" not in answer.split(b"\\r\\n")[0] or time.monotonic() - started > 2, host, answer)
+        """
+    )
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset(network=True)
+        output = await api.output(script, timeout=60)
+        assert output.count("HELD") == len(NEIGHBOURS), output
+
+
+async def test_a_host_that_is_allowed(field: Field) -> None:
+    """The control of all of these: the same requests where the policy does not forbid them."""
+    with field_of("--network-allow", "127.0.0.1", other_user=field.other_user) as open_field:
+        for script in (TUNNEL, FETCH):
+            attack = Attack("", "", f"export TARGET=127.0.0.1; {script}", Outside(), leaks)
+            assert leaks(await InSlot(network=True).strike(attack, open_field))
+            other = Attack("", "", f"export TARGET=127.1; {script}", Outside(), leaks)
+            assert not leaks(await InSlot(network=True).strike(other, open_field))
+
+
+async def test_past_the_proxy(field: Field) -> None:
+    """Without the proxy there is nowhere to go, and a slot without network has no proxy."""
+    direct = python(
+        """
+        port = int(os.environ["TCP_PORT"])
+        for kind, address in ((socket.SOCK_STREAM, ("127.0.0.1", port)), (socket.SOCK_DGRAM, ("8.8.8.8", 53))):
+            try:
+                client = socket.socket(socket.AF_INET, kind)
+                client.settimeout(2)
+                client.connect(address)
+                judge(True, address)
+            except OSError as error:
+                judge(False, address, error)
+        """
+    )
+    await hold(field, Attack("", "talks to anybody", direct, Outside()), InSlot(network=True))
+    proxy = python('socket.create_connection(("127.0.0.1", 3128), 2)\njudge(True)')
+    # The control: a slot with network.
+    attack = Attack("", "reaches the network against the policy", proxy, InSlot(network=True))
+    await hold(field, attack)
+
+
+async def test_a_flood_of_the_proxy(field: Field) -> None:
+    """Thousands of connections and heads without end cost one slot its network, and nobody else anything."""
+    flood = python(
+        """
+        clients = []
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            try:
+                client = socket.create_connection(("127.0.0.1", 3128), 1)
+                client.setblocking(False)
+                client.send(b"GET http://example.org/ HTTP/1.1\\r\\nX: " + b"x" * 100_000)
+                clients.append(client)
+            except OSError:
+                pass
+            if len(clients) > 2000:
+                clients = []
+        judge(False)
+        """
+    )
+    one, two = Api.over(field.server), Api.over(field.server)
+    two.slot = "slot_1"
+    async with one.session, two.session:
+        await one.reset(network=True)
+        await two.reset()
+        flooding = asyncio.create_task(one.bash(flood, timeout=5))
+        await asyncio.sleep(0.2)
+        slowest = 0.0
+        while not flooding.done():
+            start = time.monotonic()
+            await two.output("true")
+            slowest = max(slowest, time.monotonic() - start)
+        assert "HELD" in (await flooding)["output"]
+        assert slowest < 2
+        await one.reset(network=True)
+        await one.output(python('socket.create_connection(("127.0.0.1", 3128), 2)'))
+    await still_works(field)
