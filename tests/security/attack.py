@@ -130,5 +130,5 @@ class Attack:
     ask: Ask | None = None
     timeout_s: float = 10.0
     """How long the script may run; the server ends it then, and the control as well."""
-    needs: str | None = None
-    """A defence named in `/health` without which this attack is known to work."""
+    as_user: bool = True
+    """Whether to run it against a server of an ordinary user as well, where something could be different."""

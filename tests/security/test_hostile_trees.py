@@ -1,7 +1,9 @@
-"""Attacks by trees of files that resist their removal, and on the name of the workspace."""
+"""Attacks by trees that resist their removal, on the name of the workspace, and by files that grow while they are read."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -73,3 +75,32 @@ async def test_the_workspace_itself_replaced(field: Field) -> None:
         status, answer = await api.post("/artifacts/read", {"slot_id": "slot_0", "path": "secret"})
         assert (status, field.flag in str(answer)) == (404, False)
     await still_works(field)
+
+
+async def test_a_file_that_grows_while_it_is_read(field: Field) -> None:
+    """The announced size says nothing about how much there is to read."""
+    api = Api.over(field.server)
+    async with api.session:
+        await api.reset()
+        grow = "while :; do head -c 1M /dev/zero >> file || rm file; done"
+        growing = asyncio.create_task(api.bash(grow, timeout=1.5))
+        answers = set()
+        while not growing.done():
+            status, answer = await api.post("/artifacts/read", {"slot_id": "slot_0", "path": "file", "max_bytes": 1_000_000})
+            answers.add(status)
+            assert status in (200, 404, 413), answer
+            assert answer.get("size", 0) <= 1_000_000
+        assert 413 in answers
+        await growing
+
+
+def test_growing_files_exist(tmp_path: Path) -> None:
+    """The control of the test above: who looks at the size first reads more than that."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 1000)
+    with file.open("rb") as opened:
+        size = file.stat().st_size
+        with file.open("ab") as more:
+            more.write(b"y" * 1000)
+        assert len(opened.read()) > size
+    shutil.rmtree(tmp_path)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+
+import pytest
 
 from tests.sandbox_image.running import Api, eventually
 from tests.security.attack import Attack, python, takes
-from tests.security.field import Field
+from tests.security.field import USERS, Field, field_of
 from tests.security.sites import BoxWithout, Outside
 from tests.security.table import each, hold, still_works
+
+PROCESSES = 300
+
+
+@pytest.fixture(scope="module", params=USERS)
+def field(request: pytest.FixtureRequest) -> Iterator[Field]:
+    """A server whose slots have few processes."""
+    with field_of("--processes", str(PROCESSES), other_user=request.param == USERS[1]) as field:
+        yield field
+
 
 _DAEMON = """
 def daemon(seconds, work):
@@ -136,10 +149,10 @@ async def test_outliving_a_trajectory(field: Field) -> None:
             await api.tool("bash_stateful", {"command": job}, timeout=5)
             # The control: the next call, of either tool, finds it running.
             assert (await api.bash("rm -f alive; sleep 0.15; test -e alive"))["success"]
-            processes = await api.output("ls -d /proc/[0-9]* 2> /dev/null | wc -l")
+            processes = await api.output("echo /proc/[0-9]* | wc -w")
             await api.reset()
             assert not (await api.bash("sleep 0.1; ls /workspace/alive $HOME/alive"))["success"]
-            assert int(await api.output("ls -d /proc/[0-9]* 2> /dev/null | wc -l")) < int(processes)
+            assert int(await api.output("echo /proc/[0-9]* | wc -w")) < int(processes)
     await still_works(field)
 
 
@@ -161,7 +174,7 @@ async def test_a_command_that_does_not_want_to_end(field: Field) -> None:
             result = await api.bash(command, timeout=0.3)
             assert (result["metadata"]["timeout"], result["success"]) == (True, False)
             assert time.monotonic() - start < 4
-        assert await api.output("ls -d /proc/[0-9]* 2> /dev/null | wc -l") < "6"
+        assert int(await api.output("echo /proc/[0-9]* | wc -w")) < 6
 
 
 FORK = python(
@@ -184,7 +197,7 @@ FORK = python(
 
 async def test_too_many_processes(field: Field) -> None:
     """A fork bomb ends at the limit of its own slot, and the other slot does not notice."""
-    bound = 1100
+    bound = PROCESSES + 50
     attack = Attack("a fork bomb", "takes all processes", f"export BOUND={bound}; {FORK}", Outside(), timeout_s=20)
     control = await Outside().strike(attack, field)
     assert "BREACH" in control.text
@@ -194,14 +207,15 @@ async def test_too_many_processes(field: Field) -> None:
         await one.reset()
         await two.reset()
         assert (await one.get("/health"))[1]["limits"]["rlimit_nproc"] < bound
-        bomb = asyncio.create_task(one.bash("f() { f | f & }; f; f; f; while :; do sleep 1; done", timeout=1.5))
-        await asyncio.sleep(0.7)
+        bomb = asyncio.create_task(one.bash("f() { f | f & }; f; f; f; while :; do sleep 1; done", timeout=1.0))
+        await asyncio.sleep(0.4)
         assert await two.output("echo fine; (sleep 0 & wait); ls | wc -l") == "fine\n0\n"
-        assert (await bomb)["metadata"]["timeout"]
+        # A shell that cannot fork may give up before its time is over.
+        assert not (await bomb)["success"]
         assert await one.output("echo fine") == "fine\n"
         counted = await one.bash(attack.script)
         assert "BREACH" not in counted["output"]
-        assert await one.output("ls -d /proc/[0-9]* 2> /dev/null | wc -l") < "6"
+        assert int(await one.output("echo /proc/[0-9]* | wc -w")) < 6
 
 
 async def test_zombies_do_not_pile_up(field: Field) -> None:

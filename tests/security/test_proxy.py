@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-
-import pytest
+from collections.abc import Sequence
 
 from tests.sandbox_image.running import Api
 from tests.security.attack import Attack, leaks, python
@@ -14,24 +13,38 @@ from tests.security.sites import InSlot, Outside
 from tests.security.table import hold, still_works
 
 ASK = """
-host, port = os.environ["TARGET"], int(os.environ["TCP_PORT"])
-def ask(head, host=host):
+port = int(os.environ["TCP_PORT"])
+def ask(head, host="127.0.0.1"):
     "What comes back: from the proxy where there is one, else from the host itself, as from a proxy that asks no questions."
     proxy = os.environ.get("http_proxy")
-    address = ("127.0.0.1", 3128) if proxy else (host.strip("[]"), port)
-    with socket.create_connection(address, 1) as client:
-        if proxy:
-            client.sendall(head.encode("latin-1"))
-        answer = b""
-        try:
+    answer = b""
+    try:
+        with socket.create_connection(("127.0.0.1", 3128) if proxy else (host.strip("[]"), port), 1) as client:
+            if proxy:
+                client.sendall(head.format(host=host, port=port).encode("latin-1"))
             while chunk := client.recv(4096):
                 answer += chunk
-        except OSError:
-            pass
+    except OSError as error:
+        print(host, error)
     print(answer.decode("latin-1"))
 """
-TUNNEL = python('ask(f"CONNECT {host}:{port} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")\njudge(False)', ASK)
-FETCH = python('ask(f"GET http://{host}:{port}/ HTTP/1.1\\r\\nHost: example.org\\r\\n\\r\\n")\njudge(False)', ASK)
+TUNNEL = "CONNECT {host}:{port} HTTP/1.1\r\nHost: x\r\n\r\n"
+FETCH = "GET http://{host}:{port}/ HTTP/1.1\r\nHost: example.org\r\n\r\n"
+
+
+def ask_for(hosts: Sequence[str], *heads: str) -> str:
+    """A script that sends each head for each host."""
+    return python(
+        f"""
+        for host in {list(hosts)}:
+            for head in {list(heads)}:
+                ask(head, host)
+        judge(False)
+        """,
+        ASK,
+    )
+
+
 LOOPBACKS = [
     "127.0.0.1",
     "localhost",
@@ -48,13 +61,13 @@ LOOPBACKS = [
 ]
 
 
-@pytest.mark.parametrize("host", LOOPBACKS)
-async def test_the_loopback_by_the_proxy(field: Field, host: str) -> None:
+async def test_the_loopback_by_the_proxy(field: Field) -> None:
     """Whatever the machine's loopback is called, the proxy does not connect to it."""
-    for script in (TUNNEL, FETCH):
-        attack = Attack("", "talks to services of the machine", f"export TARGET={host}; {script}", Outside(), leaks)
-        outcome = await hold(field, attack, InSlot(network=True))
-        assert "403 Forbidden" in outcome.text or "400 Bad Request" in outcome.text, outcome
+    attack = Attack("", "talks to services of the machine", ask_for(LOOPBACKS, TUNNEL, FETCH), Outside(), leaks, timeout_s=30)
+    control = await attack.control.strike(attack, field)
+    assert control.text.count(field.flag) == 2 * len(LOOPBACKS), control
+    outcome = await hold(field, attack, InSlot(network=True))
+    assert outcome.text.count("403 Forbidden") + outcome.text.count("400 Bad Request") == 2 * len(LOOPBACKS), outcome
 
 
 SPELLINGS = [
@@ -62,7 +75,7 @@ SPELLINGS = [
     "http://example.org:80@{host}:{port}/",
     "http://{host}:{port}#@example.org/",
     "http://{host}:{port}?@example.org/",
-    "http://{host}:{port}\\\\@example.org/",
+    "http://{host}:{port}\\@example.org/",
     "http://{host}:{port}%2f@example.org/",
     "http://{host}.:{port}/",
     "http:{host}:{port}/",
@@ -70,23 +83,21 @@ SPELLINGS = [
     "HTTP://{host}:{port}/",
     "//{host}:{port}/",
     "http://[{host}]:{port}/",
-    "http://{host}:{port}/ HTTP/1.1\\r\\nHost: example.org\\r\\n\\r\\nGET http://{host}:{port}/",
+    "http://{host}:{port}/ HTTP/1.1\r\nHost: example.org\r\n\r\nGET http://{host}:{port}/",
 ]
 
 
 async def test_addresses_that_read_two_ways(field: Field) -> None:
     """The proxy connects to what it has checked, however an address is written."""
-    requests = [f'ask(f"GET {spelling} HTTP/1.1\\r\\nHost: {{host}}\\r\\n\\r\\n")' for spelling in SPELLINGS]
-    requests += [
-        'ask(f"CONNECT {host}:{port} HTTP/1.0\\r\\n\\r\\n")',
-        'ask(f"CONNECT example.org@{host}:{port} HTTP/1.1\\r\\n\\r\\n")',
-        'ask(f"CONNECT [::ffff:{host}%25lo]:{port} HTTP/1.1\\r\\n\\r\\n")',
-        'ask(f"POST http://{host}:{port}/ HTTP/1.1\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n0\\r\\n\\r\\n")',
+    heads = [f"GET {spelling} HTTP/1.1\r\nHost: {{host}}\r\n\r\n" for spelling in SPELLINGS]
+    heads += [
+        "CONNECT {host}:{port} HTTP/1.0\r\n\r\n",
+        "CONNECT example.org@{host}:{port} HTTP/1.1\r\n\r\n",
+        "CONNECT [::ffff:{host}%25lo]:{port} HTTP/1.1\r\n\r\n",
+        "POST http://{host}:{port}/ HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ]
-    script = python("\n".join([*requests, "judge(False)"]), ASK)
-    attack = Attack(
-        "", "talks to services of the machine", f"export TARGET=127.0.0.1; {script}", Outside(), leaks, timeout_s=60
-    )
+    script = ask_for(["127.0.0.1"], *heads)
+    attack = Attack("", "talks to services of the machine", script, Outside(), leaks, timeout_s=60)
     await hold(field, attack, InSlot(network=True))
 
 
@@ -119,10 +130,10 @@ async def test_neighbours_by_the_proxy(field: Field) -> None:
 async def test_a_host_that_is_allowed(field: Field) -> None:
     """The control of all of these: the same requests where the policy does not forbid them."""
     with field_of("--network-allow", "127.0.0.1", other_user=field.other_user) as open_field:
-        for script in (TUNNEL, FETCH):
-            attack = Attack("", "", f"export TARGET=127.0.0.1; {script}", Outside(), leaks)
+        for head in (TUNNEL, FETCH):
+            attack = Attack("", "", ask_for(["127.0.0.1"], head), Outside(), leaks)
             assert leaks(await InSlot(network=True).strike(attack, open_field))
-            other = Attack("", "", f"export TARGET=127.1; {script}", Outside(), leaks)
+            other = Attack("", "", ask_for(["127.1"], head), Outside(), leaks)
             assert not leaks(await InSlot(network=True).strike(other, open_field))
 
 

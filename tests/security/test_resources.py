@@ -13,7 +13,7 @@ import pytest
 
 from tests.sandbox_image.running import Api
 from tests.security.attack import Attack, python
-from tests.security.field import Field, field_of
+from tests.security.field import USERS, Field, field_of
 from tests.security.sites import BoxWithout, Outside
 from tests.security.table import each, hold, still_works
 
@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 16 * 1024**2
 WORKSPACE_INODES = 500
 
 
-@pytest.fixture(scope="module", params=["own user", "ordinary user"])
+@pytest.fixture(scope="module", params=USERS)
 def field(request: pytest.FixtureRequest) -> Iterator[Field]:
     """A server that gives slots little, so that attacks need not take much."""
     limits = {
@@ -33,7 +33,7 @@ def field(request: pytest.FixtureRequest) -> Iterator[Field]:
         "--workspace-inodes": WORKSPACE_INODES,
     }
     options = [part for name, value in limits.items() for part in (name, str(value))]
-    with field_of(*options, other_user=request.param == "ordinary user") as field:
+    with field_of(*options, other_user=request.param == USERS[1]) as field:
         yield field
 
 
@@ -255,7 +255,7 @@ async def test_time(field: Field) -> None:
     two.slot = "slot_1"
     async with one.session, two.session:
         await one.reset()
-        working = asyncio.create_task(one.bash(f"for i in 1 2 3 4 5 6; do while :; do :; done & done; {endless}", timeout=1.5))
+        working = asyncio.create_task(one.bash(f"for i in 1 2 3 4 5 6; do while :; do :; done & done; {endless}", timeout=1.0))
         await asyncio.sleep(0.3)
         times = []
         while not working.done():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from tests.sandbox_image.running import Api, eventually
 from tests.security.attack import Ask, Attack, Outcome, destroys, leaks, python, takes
@@ -44,6 +42,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARTIFACT, {"path": "link"}),
+        as_user=False,
     ),
     Attack(
         "a chain of links",
@@ -52,6 +51,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(READ, {"path": "one"}),
+        as_user=False,
     ),
     Attack(
         "a link upwards",
@@ -62,9 +62,23 @@ ATTACKS = [
         Ask(READ, {"path": "d/up/$SECRET_FILE"}),
     ),
     Attack(
-        "a link to a directory", "reads the host's files", "ln -s $GROUNDS d", Outside(), leaks, Ask(READ, {"path": "d/secret"})
+        "a link to a directory",
+        "reads the host's files",
+        "ln -s $GROUNDS d",
+        Outside(),
+        leaks,
+        Ask(READ, {"path": "d/secret"}),
+        as_user=False,
     ),
-    Attack("an absolute path", "reads the host's files", "true", Outside(), leaks, Ask(READ, {"path": "$SECRET_FILE"})),
+    Attack(
+        "an absolute path",
+        "reads the host's files",
+        "true",
+        Outside(),
+        leaks,
+        Ask(READ, {"path": "$SECRET_FILE"}),
+        as_user=False,
+    ),
     Attack(
         "an absolute path, as an artifact",
         "reads the host's files",
@@ -72,6 +86,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARTIFACT, {"path": "$SECRET_FILE"}),
+        as_user=False,
     ),
     Attack(
         "a path upwards",
@@ -80,6 +95,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(READ, {"path": "../../../../../../../../../../..$SECRET_FILE"}),
+        as_user=False,
     ),
     Attack(
         "a path down and up",
@@ -88,6 +104,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARTIFACT, {"path": "a/b/../../../../../../../../../../..$SECRET_FILE"}),
+        as_user=False,
     ),
     Attack(
         "a path with many slashes",
@@ -96,6 +113,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(READ, {"path": "//.//..//..//..//..//..//..$SECRET_FILE"}),
+        as_user=False,
     ),
     Attack(
         "the reader's own root",
@@ -120,12 +138,14 @@ ATTACKS = [
         Outside(),
         lambda outcome: "PATH=" in outcome.text,
         Ask(ARTIFACT, {"path": "link"}),
+        as_user=False,
     ),
     Attack(
         "a link into the other slot",
         "reads another trajectory",
         "ln -s $OTHER_WORKSPACE other; ls other/ && echo BREACH",
         Outside(),
+        as_user=False,
     ),
     Attack(
         "a write through a link",
@@ -142,6 +162,7 @@ ATTACKS = [
         Outside(),
         destroys,
         Ask(WRITE, {"path": "link", **SPOIL}),
+        as_user=False,
     ),
     Attack(
         "a write through a link to a directory",
@@ -158,6 +179,7 @@ ATTACKS = [
         Outside(),
         destroys,
         Ask(WRITE, {"path": "d/planted", **SPOIL}),
+        as_user=False,
     ),
     Attack(
         "a write to an absolute path",
@@ -166,6 +188,7 @@ ATTACKS = [
         Outside(),
         destroys,
         Ask(WRITE, {"path": "$VICTIM_FILE", **SPOIL}),
+        as_user=False,
     ),
     Attack(
         "a write upwards",
@@ -174,13 +197,28 @@ ATTACKS = [
         Outside(),
         destroys,
         Ask(WRITE, {"path": "../../../../../../../../../../..$VICTIM_FILE", **SPOIL}),
+        as_user=False,
     ),
     Attack("a FIFO, read", "hangs the reader", "mkfifo f", Outside(), takes(1), Ask(READ, {"path": "f"}), timeout_s=1),
     Attack(
-        "a FIFO, as an artifact", "hangs the reader", "mkfifo f", Outside(), takes(1), Ask(ARTIFACT, {"path": "f"}), timeout_s=1
+        "a FIFO, as an artifact",
+        "hangs the reader",
+        "mkfifo f",
+        Outside(),
+        takes(1),
+        Ask(ARTIFACT, {"path": "f"}),
+        timeout_s=1,
+        as_user=False,
     ),
     Attack(
-        "a FIFO, written", "hangs the writer", "mkfifo f", Outside(), takes(1), Ask(WRITE, {"path": "f", **SPOIL}), timeout_s=1
+        "a FIFO, written",
+        "hangs the writer",
+        "mkfifo f",
+        Outside(),
+        takes(1),
+        Ask(WRITE, {"path": "f", **SPOIL}),
+        timeout_s=1,
+        as_user=False,
     ),
     Attack(
         "an endless device",
@@ -190,6 +228,7 @@ ATTACKS = [
         lambda outcome: outcome.seconds >= 2 or "MemoryError" in outcome.text,
         Ask(READ, {"path": "z"}),
         timeout_s=3,
+        as_user=False,
     ),
     Attack(
         "a sparse file, read",
@@ -198,6 +237,7 @@ ATTACKS = [
         Outside(limits=("-v 1000000",)),
         lambda outcome: "MemoryError" in outcome.text,
         Ask(READ, {"path": "huge"}),
+        as_user=False,
     ),
     Attack(
         "a link, packed", "reads the host's files", "ln -s $SECRET_FILE link", Outside(), leaks, Ask(ARCHIVE, {"path": "."})
@@ -209,6 +249,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARCHIVE, {"path": "d"}),
+        as_user=False,
     ),
     Attack(
         "a link in the path of an archive",
@@ -217,6 +258,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARCHIVE, {"path": "e/."}),
+        as_user=False,
     ),
     Attack(
         "an archive of another place",
@@ -225,6 +267,7 @@ ATTACKS = [
         Outside(),
         leaks,
         Ask(ARCHIVE, {"path": "d"}),
+        as_user=False,
     ),
     Attack(
         "a listing of another place",
@@ -241,6 +284,7 @@ ATTACKS = [
         Outside(),
         lambda outcome: lists(outcome.text),
         Ask(LIST, {"path": "$GROUNDS"}),
+        as_user=False,
     ),
     Attack(
         "a name with a line break",
@@ -249,6 +293,7 @@ ATTACKS = [
         Outside(),
         forges_a_line,
         Ask(LIST, {"path": "."}),
+        as_user=False,
     ),
     Attack(
         "a socket in the workspace",
@@ -261,6 +306,7 @@ ATTACKS = [
         Outside(),
         lambda outcome: "Traceback" in outcome.text,
         Ask(READ, {"path": "l"}),
+        as_user=False,
     ),
 ]
 
@@ -325,32 +371,3 @@ async def test_a_link_that_comes_and_goes(field: Field) -> None:
                 tries += 1
         assert (await running)["output"] == "HELD\n"
         assert tries > 40
-
-
-async def test_a_file_that_grows_while_it_is_read(field: Field) -> None:
-    """The announced size says nothing about how much there is to read."""
-    api = Api.over(field.server)
-    async with api.session:
-        await api.reset()
-        grow = "while :; do head -c 1M /dev/zero >> file || rm file; done"
-        growing = asyncio.create_task(api.bash(grow, timeout=1.5))
-        answers = set()
-        while not growing.done():
-            status, answer = await api.post("/artifacts/read", {"slot_id": "slot_0", "path": "file", "max_bytes": 1_000_000})
-            answers.add(status)
-            assert status in (200, 404, 413), answer
-            assert answer.get("size", 0) <= 1_000_000
-        assert 413 in answers
-        await growing
-
-
-def test_growing_files_exist(tmp_path: Path) -> None:
-    """The control of the test above: who looks at the size first reads more than that."""
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 1000)
-    with file.open("rb") as opened:
-        size = file.stat().st_size
-        with file.open("ab") as more:
-            more.write(b"y" * 1000)
-        assert len(opened.read()) > size
-    shutil.rmtree(tmp_path)
