@@ -16,7 +16,7 @@ from sandbox_image.errors import BoxError, RequestError, StartupError
 from sandbox_image.layers import FILES, Layer, Layers
 from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES, ErrorKind
 from sandbox_image.trash import Trash
-from sandbox_image.trees import copy_files, copy_tree, disk_usage
+from sandbox_image.trees import copy_files, copy_tree, disk_usage, move_tree
 from sandbox_image.trial import Means, try_out
 from sandbox_image.volumes import Volume, Volumes
 
@@ -154,7 +154,7 @@ class Storage:
         volume = workspace.volume
         if volume is None and self._volumes is None:
             number = self.layers.reserve()
-            os.rename(workspace.place.unmounted, self.layers.path(number) / FILES)
+            move_tree(workspace.place.unmounted, self.layers.path(number) / FILES)
         elif volume is not None and volume.number is not None and not self._is_deep(workspace):
             number = volume.number
             self._unmount(volume)

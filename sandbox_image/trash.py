@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sandbox_image.trees import remove_tree
+from sandbox_image.trees import move_tree, remove_tree
 
 
 class Trash:
@@ -22,7 +22,7 @@ class Trash:
     def take(self, path: Path) -> None:
         """Move a directory away now; its name is free when this returns."""
         doomed = self._directory / secrets.token_hex(8)
-        os.rename(path, doomed)
+        move_tree(path, doomed)
         self._later(lambda: remove_tree(doomed))
 
     def close_files(self, descriptors: Sequence[int]) -> None:

@@ -53,6 +53,25 @@ def remove_tree(path: str | Path) -> None:
         os.close(holder)
 
 
+def move_tree(source: str | Path, target: str | Path) -> None:
+    """Rename a directory to another place on its disk, whatever its mode; its owner can do what he likes in it afterwards.
+
+    A directory that changes its place gets another `..`, which takes the right to write in it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    parent, name = os.path.split(os.path.abspath(source))
+    holder = os.open(parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        directory = _open_directory(name, holder)
+    finally:
+        os.close(holder)
+    if directory is not None:
+        os.close(directory)
+    os.rename(source, target)
+
+
 def _unlink(name: str, holder: int) -> bool:
     """Whether the entry is gone; False for a directory."""
     try:

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.sandbox_image.running import Api, open_directory
+from tests.sandbox_image.running import Api, RunningServer, open_directory, running
 from tests.security.field import Field, become
 from tests.security.table import still_works
 
@@ -41,6 +42,25 @@ async def test_a_tree_that_resists_its_removal(field: Field, name: str) -> None:
         await api.reset()
         assert time.monotonic() - start < 3
         assert await api.output("ls -A | wc -l; touch new; echo $?") == "0\n0\n"
+
+
+async def test_a_closed_workspace_without_mounts() -> None:
+    """Where workspaces are plain directories of the server's user, closing one neither keeps it nor the slot."""
+    with running("--isolation", "none", slots=1, other_user=True) as server:
+        assert "disk" in str((await health(server))["limits"]["workspaces"])
+        api = Api.over(server)
+        async with api.session:
+            for route, request in (("/reset", {}), ("/layers", {"name": "closed"}), ("/reset", {"layer": "closed"})):
+                assert (await api.bash("touch file; chmod 0 ."))["success"]
+                status, answer = await api.post(route, {"slot_id": "slot_0", **request})
+                assert status == 200, answer
+            assert await api.output("ls") == "file\n"
+
+
+async def health(server: RunningServer) -> dict[str, Any]:
+    api = Api.over(server)
+    async with api.session:
+        return dict((await api.get("/health"))[1])
 
 
 @pytest.mark.parametrize("name", ["a deep tree", "closed directories"])
