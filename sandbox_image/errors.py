@@ -11,11 +11,19 @@ SlotServerError               everything below; the text is one line for a perso
 
 from __future__ import annotations
 
+import re
+
 from sandbox_image.protocol import ErrorKind
+
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class SlotServerError(Exception):
     """Any failure that the slot server knows by name."""
+
+    def __init__(self, message: str) -> None:
+        # Names of files and what callers send are part of messages, and may hold anything.
+        super().__init__(_CONTROL_CHARACTER.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 class StartupError(SlotServerError):

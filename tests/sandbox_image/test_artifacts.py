@@ -38,7 +38,7 @@ async def test_read(api: Api) -> None:
 UNREADABLE = [
     ("missing", 404), ("file/below", 404), ("dangling", 404), ("circle", 404), ("x" * 300, 404), ("gone/../file", 404),
     ("/etc/passwd", 403), ("..", 403), ("../root", 403), ("out", 403), ("out_dir/passwd", 403), ("directory", 403),
-    (".", 403), ("fifo", 403), ("/proc/1/environ", 403), ("a\0b", 400), ("\ud800", 400), ("y" * 5000, 400),
+    (".", 403), ("fifo", 403), ("a\nb", 404), ("/proc/1/environ", 403), ("a\0b", 400), ("\ud800", 400), ("y" * 5000, 400),
 ]  # fmt: skip
 
 

@@ -252,7 +252,11 @@ class Fuzzer:
         self.answers[status] += 1
         assert status < 500, (request, status, body)
         assert status in {200, *(kind.status for kind in ErrorKind)}, (request, status, body)
-        if request.method == "HEAD" or status == 200:
+        if request.method == "HEAD":
+            return
+        if status == 200:
+            error = json.loads(body).get("error") if body[:1] == b"{" else None
+            assert error is None or "\n" not in error, body
             return
         # What is not even HTTP is answered by the library below, in plain text.
         if body[:1] == b"{":
