@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sandbox_image.blueprint import Blueprint, Place
@@ -100,7 +101,7 @@ class Box:
         box = cls._spawn(blueprint, place, network)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                init, facts = await box._channel.hello
+                init, facts = await asyncio.shield(box._channel.hello)
                 await box._take_charge(init)
             box._check(blueprint, place, init, facts)
             if network and box._contained:
@@ -108,10 +109,26 @@ class Box:
         except TimeoutError:
             await box.kill("it did not start in time")
             raise BoxError(f"no box after {START_TIMEOUT_S:.0f} s") from None
-        except (BoxError, asyncio.CancelledError):
+        except BoxError:
             await asyncio.shield(box.kill("it failed its check"))
             raise
+        except asyncio.CancelledError:
+            await asyncio.shield(box._abandon())
+            raise
         return box
+
+    async def _abandon(self) -> None:
+        """Kill a box that is still starting.
+
+        A bubblewrap that is killed while it makes namespaces can leave a child behind that waits for it for ever. Once there is
+        an init, that can be killed with all that is in the box.
+        """
+        with suppress(TimeoutError, BoxError):
+            async with asyncio.timeout(START_TIMEOUT_S):
+                init, _ = await asyncio.shield(self._channel.hello)
+            if self._init_fd is None:
+                self._init_fd = os.pidfd_open(init)
+        await self.kill("its start was cancelled")
 
     @classmethod
     def _spawn(cls, blueprint: Blueprint, place: Place, network: bool) -> Box:
