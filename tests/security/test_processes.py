@@ -98,9 +98,12 @@ SURVIVORS = {
     "a stopped process that wakes up": python("""
         def work():
             open("alive", "w").close()
-            if os.fork() == 0:
+            sleeper = os.fork()
+            if sleeper == 0:
                 os.kill(os.getpid(), signal.SIGSTOP)
+                os._exit(0)
             time.sleep(0.05)
+            os.kill(sleeper, signal.SIGCONT)
         daemon(1, work)
         """, _DAEMON),
     "a process that forks away from its killer": python("""
