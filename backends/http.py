@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from backends.errors import SandboxProtocolError, SandboxUnavailableError
 
 CONNECT_TIMEOUT_S = 10.0
+_BUSY_PAUSE_S = 0.005
 _BUFFER_BYTES = 1 << 16  # also the longest head of an answer
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([2-5]\d\d)(?: [^\r\n]*)?")
 _LENGTH = re.compile(rb"\d{1,18}")
@@ -183,7 +184,7 @@ class HttpClient:
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._unix_socket is not None:
-            return await asyncio.open_unix_connection(self._unix_socket, limit=_BUFFER_BYTES)
+            return await _connect_unix(self._unix_socket)
         secure = self._url.scheme == "https"
         port = self._url.port or (443 if secure else 80)
         return await asyncio.open_connection(self._url.hostname, port, ssl=secure or None, limit=_BUFFER_BYTES)
@@ -191,3 +192,17 @@ class HttpClient:
     def _drop(self, writer: asyncio.StreamWriter) -> None:
         self._readers.pop(writer, None)
         writer.transport.abort()
+
+
+async def _connect_unix(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to a unix socket, once its server has room for it.
+
+    A full queue of connections refuses with EAGAIN, which asyncio takes for a connection under way and then for an established
+    one: only that it has no peer tells it from a real one.
+    """
+    while True:
+        reader, writer = await asyncio.open_unix_connection(path, limit=_BUFFER_BYTES)
+        if writer.get_extra_info("peername") is not None:
+            return reader, writer
+        writer.transport.abort()
+        await asyncio.sleep(_BUSY_PAUSE_S)

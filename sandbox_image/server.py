@@ -62,6 +62,8 @@ from sandbox_image.slots import TOOLS, Slot, check_call
 from sandbox_image.storage import Storage
 
 MAX_EXECUTION_ID_CHARACTERS = 1024
+# Each call that is under way has a connection of its own, and a unix socket refuses those that its queue does not hold.
+_BACKLOG = 4096
 _JSON_HEADERS = {"Content-Type": "application/json"}
 _NDJSON = "application/x-ndjson"
 _LOG = logging.getLogger("sandbox_image")
@@ -350,12 +352,12 @@ async def _listen(runner: web.ServerRunner, options: Options) -> int | None:
             remove_stale_socket(options.unix_socket)
             previous = os.umask(0o177)
             try:
-                await web.UnixSite(runner, options.unix_socket).start()
+                await web.UnixSite(runner, options.unix_socket, backlog=_BACKLOG).start()
             finally:
                 os.umask(previous)
         if options.port is None:
             return None
-        await web.TCPSite(runner, options.host, options.port).start()
+        await web.TCPSite(runner, options.host, options.port, backlog=_BACKLOG).start()
     except OSError as error:
         raise StartupError(f"cannot listen: {error}") from error
     return int(runner.addresses[-1][1])

@@ -296,3 +296,21 @@ async def test_no_isolation_is_asked_for_by_name(marker: str, other_user: bool) 
 def test_own_mounts_are_seen_by_nobody_else() -> None:
     with running(slots=1) as server:
         assert str(server.directory) not in Path("/proc/self/mountinfo").read_text()
+
+
+async def test_many_connections_wait_for_a_server_that_is_busy() -> None:
+    with running() as server:
+        connections = [socket.socket(socket.AF_UNIX) for _ in range(1000)]
+        try:
+            os.kill(server.process.pid, signal.SIGSTOP)
+            for connection in connections:
+                connection.setblocking(False)
+                connection.connect(server.socket)
+            os.kill(server.process.pid, signal.SIGCONT)
+            api = Api.over(server)
+            async with api.session:
+                assert await api.output("echo fine") == "fine\n"
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+            for connection in connections:
+                connection.close()
