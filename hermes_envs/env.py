@@ -278,18 +278,20 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         async with self.running():
             await super().env_manager()
 
-    async def collect_trajectories(self, item: Any) -> tuple[ScoredDataGroup | None, list[Any]]:
-        """atroposlib's hook in `serve`: a group of exactly the registered size, or none."""
+    async def collect_trajectories(self, item: Any) -> tuple[list[ScoredDataGroup] | None, list[Any]]:
+        """atroposlib's hook in `serve`: items of exactly the registered size, or none."""
         group = await self.collect_group(item)
         self.summary.add(group)
-        data = group.scored_data()
-        if data is None or len(data["tokens"]) != self.config.group_size:
-            reasons = "; ".join(failure.reason for failure in group.failures) or "its rollouts have several segments"
-            logger.warning("%s: group dropped: %s", group.name, reasons)
+        reasons = [failure.reason for failure in group.failures]
+        reasons += [f"{one.trajectory_id} has no room for a turn" for one in group.trajectories if not one.rollout.segments]
+        if reasons:
+            logger.warning("%s: group dropped: %s", group.name, "; ".join(reasons))
             return None, []
-        # The trainer's API rejects a group that overrides its size.
-        del data["group_overrides"]
-        return data, []
+        items = group.items()
+        for data in items:
+            # The trainer's API rejects a group that overrides its size.
+            del data["group_overrides"]
+        return items, []
 
     async def process_manager(self) -> None:
         """Collect `n_groups_to_process` groups into a file.
@@ -355,6 +357,6 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         return Group(name, (), tuple(failures))
 
     async def _save_group(self, item: Any, group: Group) -> None:
-        data = await self.postprocess_histories(group.scored_data())
+        data = await self.postprocess_histories(group.items())
         await self.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
         await self.wandb_log()

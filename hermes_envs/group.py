@@ -10,6 +10,9 @@ from hermes_envs.policies.base import Message
 from hermes_envs.rollout import Segment
 from hermes_envs.trajectory import Trajectory
 
+FILLER_TOKENS = 2
+"""The least that trainers can shift into inputs and targets."""
+
 
 @dataclass(frozen=True)
 class InfrastructureFailure:
@@ -33,28 +36,49 @@ class Group:
         """One score for each trajectory."""
         return [trajectory.score.value for trajectory in self.trajectories if trajectory.score is not None]
 
-    def scored_data(self) -> dict[str, Any] | None:
-        """The group as atroposlib's `ScoredDataGroup`; None if nothing was collected.
+    def items(self) -> list[dict[str, Any]]:
+        """atroposlib's `ScoredDataGroup`s, each with one sequence for each trajectory; none if nothing was collected.
 
-        A trajectory whose history was rewritten gives one sequence for each segment, each with its score; one whose policy has
-        no tokens gives a sequence without tokens. `group_overrides` carries the number of sequences.
+        A trajectory whose history was rewritten has several segments: the first item has everybody's first, the next one
+        everybody's second, and so on. Who has no segment left is represented by a few tokens of which none is trained. So every
+        item has the size that a trainer expects, each trajectory counts once in an item's mean score, and each sampled token is
+        trained once, whatever a trainer makes of a group.
         """
-        sequences = [(trajectory, segment) for trajectory in self.trajectories for segment in _segments(trajectory)]
-        if not sequences:
-            return None
+        return [self._item(number) for number in range(max(map(_number_of_segments, self.trajectories), default=0))]
+
+    def _item(self, number: int) -> dict[str, Any]:
+        segments = [_segment(trajectory, number) for trajectory in self.trajectories]
         return {
-            "tokens": [segment.tokens for _, segment in sequences],
-            "masks": [segment.masks for _, segment in sequences],
-            "scores": [trajectory.score.value for trajectory, _ in sequences if trajectory.score is not None],
-            "inference_logprobs": [segment.logprobs for _, segment in sequences],
-            "messages": [_plain(trajectory.messages) for trajectory, _ in sequences],
-            "overrides": [trajectory.metadata() for trajectory, _ in sequences],
-            "group_overrides": {"group_size": len(sequences)},
+            "tokens": [segment.tokens for segment in segments],
+            "masks": [segment.masks for segment in segments],
+            "scores": self.scores,
+            "inference_logprobs": [segment.logprobs for segment in segments],
+            "messages": [_plain(trajectory.messages) for trajectory in self.trajectories],
+            "overrides": [_overrides(trajectory, number) for trajectory in self.trajectories],
+            "group_overrides": {"group_size": len(segments), "segment": number},
         }
 
 
-def _segments(trajectory: Trajectory) -> Sequence[Segment]:
-    return trajectory.rollout.segments or [Segment()]
+def _number_of_segments(trajectory: Trajectory) -> int:
+    """A rollout of a policy without tokens counts as one segment without tokens."""
+    return max(1, len(trajectory.rollout.segments))
+
+
+def _segment(trajectory: Trajectory, number: int) -> Segment:
+    segments = trajectory.rollout.segments
+    if number < len(segments):
+        return segments[number]
+    filler = Segment()
+    if segments:
+        filler.observe(segments[0].tokens[:FILLER_TOKENS])
+    return filler
+
+
+def _overrides(trajectory: Trajectory, number: int) -> dict[str, Any]:
+    segments = _number_of_segments(trajectory)
+    # Some trainers look for this; the others find nothing to train.
+    filler = {"set_advantage_to_zero": True} if number >= segments else {}
+    return {**trajectory.metadata(), "segment": number, "segments": segments, **filler}
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:

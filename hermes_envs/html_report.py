@@ -27,6 +27,9 @@ def write_html_report(groups: Path) -> Path:
         with groups.open(encoding="utf-8") as lines, shown.open("w", encoding="utf-8") as copy:
             for line in lines:
                 group = json.loads(line)
+                if (group.get("group_overrides") or {}).get("segment"):
+                    # Further segments of trajectories that have been shown.
+                    continue
                 messages = [[_shown(message) for message in trajectory] for trajectory in group["messages"]]
                 copy.write(json.dumps({"messages": messages, "scores": group["scores"]}) + "\n")
         # It reports to the terminal, where the run's own account is shown.

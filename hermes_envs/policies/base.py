@@ -93,6 +93,9 @@ class Policy(ABC):
     ) -> Conversation:
         """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution."""
 
+    def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - only tokens can be counted
+        """Let no sequence that is recorded have more tokens than a trainer takes."""
+
     async def aclose(self) -> None:  # noqa: B027 - most policies open nothing
         """Let go of the connections that the policy itself opened."""
 

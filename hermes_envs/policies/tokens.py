@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.policies.base import (
-    ContextFullError,
     Conversation,
     FinishReason,
     Message,
@@ -21,16 +20,15 @@ from hermes_envs.policies.base import (
     Turn,
     assistant_message,
 )
+from hermes_envs.policies.prompt_view import PromptView
 from hermes_envs.policies.token_engine import Sample, TokenEngine
+from hermes_envs.policies.token_limits import TokenLimits
 from hermes_envs.policies.tokens_options import TokensOptions
 from hermes_envs.rendering import ChatRenderer, ParsedAnswer, create_chat_renderer
 from hermes_envs.rollout import Rollout, Segment
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_manager import ServerManager
-
-LEAST_ANSWER_TOKENS = 16
-"""With less room than this a turn is not worth asking for: not even a short tool call fits."""
 
 
 class TokensPolicy(Policy):
@@ -49,12 +47,17 @@ class TokensPolicy(Policy):
             raise ConfigError("agent_max_tokens: policy tokens needs this or max_context_tokens to know how long a turn may be")
         self.renderer = create_chat_renderer(tokenizer, options.renderer)
         self._engine = TokenEngine(server, self.renderer, options.agent_temperature, engine_patience_s)
-        self._options = options
+        self._limits = TokenLimits(options.agent_max_tokens, options.max_context_tokens)
+
+    def limit_sequences(self, most_tokens: int) -> None:
+        """As `Policy.limit_sequences`: a lower limit than `max_context_tokens` takes its place in new conversations."""
+        context = min(most_tokens, self._limits.context or most_tokens)
+        self._limits = TokenLimits(self._limits.turn, context)
 
     def start(
         self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> TokensConversation:
-        return TokensConversation(trajectory_id, tools, self._engine, self.renderer, self._options)
+        return TokensConversation(trajectory_id, tools, self._engine, self.renderer, self._limits)
 
 
 class TokensConversation(Conversation):
@@ -66,13 +69,13 @@ class TokensConversation(Conversation):
         tools: Sequence[dict[str, Any]],
         engine: TokenEngine,
         renderer: ChatRenderer,
-        options: TokensOptions,
+        limits: TokenLimits,
     ) -> None:
         self.rollout = Rollout(trajectory_id)
         self._tools = list(tools)
         self._engine = engine
         self._renderer = renderer
-        self._options = options
+        self._limits = limits
         self._messages: list[Message] = []
         self._last_prompt: list[int] = []
         self._last_completion: list[int] = []
@@ -85,9 +88,8 @@ class TokensConversation(Conversation):
         """
         if not new_messages:
             raise ValueError("a turn needs at least one new message")
-        messages = [*self._messages, *new_messages]
-        prompt, segment = self._prompt(messages, new_messages)
-        sample = await self._engine.sample(prompt, self._room(len(prompt)))
+        messages, prompt, segment = self._prompt(new_messages)
+        sample = await self._engine.sample(prompt, self._limits.room(len(prompt)))
         self._record(segment, prompt, sample)
         answer = self._renderer.parse(sample.token_ids, prompt, self._tools, f"call_{self.rollout.engine_calls}")
         self._messages = [*messages, self._for_rendering(answer, sample)]
@@ -97,24 +99,33 @@ class TokensConversation(Conversation):
             _finish_reason(answer, sample),
         )
 
-    def _prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> tuple[list[int], Segment]:
-        """The next prompt and the segment that it extends, a new one if it cannot extend the last."""
+    def _prompt(self, new_messages: Sequence[Message]) -> tuple[list[Message], list[int], Segment]:
+        """What the next prompt shows, its tokens, and the segment that it extends, a new one if it cannot extend the last."""
+        messages = [*self._messages, *new_messages]
+        prompt, segment = self._whole_prompt(messages, new_messages)
+        if len(prompt) > self._limits.prompt:
+            shorter = self._shortened(messages)
+            if shorter is not None:
+                return shorter, self._renderer.prompt(shorter, self._tools), Segment()
+        return messages, prompt, segment
+
+    def _whole_prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> tuple[list[int], Segment]:
         if self.rollout.segments:
             extended = self._renderer.next_prompt(self._last_prompt, self._last_completion, new_messages, self._tools)
             if extended is not None:
                 return extended, self.rollout.segments[-1]
         return self._renderer.prompt(messages, self._tools), Segment()
 
-    def _room(self, prompt_tokens: int) -> int:
-        """How many tokens the next turn may have."""
-        wanted, context = self._options.agent_max_tokens, self._options.max_context_tokens
-        if context is None:
-            assert wanted is not None, "the policy's constructor asks for one of the two"
-            return wanted
-        room = context - prompt_tokens
-        if room < min(LEAST_ANSWER_TOKENS, wanted or LEAST_ANSWER_TOKENS):
-            raise ContextFullError(f"the prompt has {prompt_tokens} tokens of {context} (max_context_tokens)")
-        return room if wanted is None else min(room, wanted)
+    def _shortened(self, messages: Sequence[Message]) -> list[Message] | None:
+        """A view of the messages that leaves room for several turns, or at least for one."""
+        for limit in self._limits.shortened_prompt, self._limits.prompt:
+            view = PromptView(messages).shortened(lambda shown, limit=limit: self._tokens(shown) <= limit)  # type: ignore[misc]
+            if view is not None:
+                return view
+        return None
+
+    def _tokens(self, messages: Sequence[Message]) -> int:
+        return len(self._renderer.prompt(messages, self._tools))
 
     def _record(self, segment: Segment, prompt: list[int], sample: Sample) -> None:
         segment.extend_prompt(prompt)

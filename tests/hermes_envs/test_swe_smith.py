@@ -90,7 +90,7 @@ async def test_tokens_from_an_engine_become_exact_training_data(
         await env.process_manager()
     [group] = groups(tmp_path)
     assert group["scores"] == [1.0, 1.0]
-    assert group["group_overrides"] == {"group_size": 2}
+    assert group["group_overrides"] == {"group_size": 2, "segment": 0}
     told = {exchange.prompt_ids + exchange.output_ids: exchange for exchange in engine.exchanges}
     for tokens, masks, logprobs in zip(group["tokens"], group["masks"], group["inference_logprobs"], strict=True):
         last = told[tuple(tokens)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import ConfigError, EngineError
 from hermes_envs.policies import PolicyOptions, create_policy
-from hermes_envs.policies.base import ContextFullError
-from hermes_envs.policies.tokens import LEAST_ANSWER_TOKENS, TokensPolicy
+from hermes_envs.policies.base import ContextFullError, Turn
+from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
 from hermes_envs.policies.tokens_options import TokensOptions
 from hermes_envs.rollout import Rollout
 from tests.engine.engine import Dialect, Engine
@@ -24,6 +24,7 @@ QUESTION = [{"role": "user", "content": "List the files."}]
 BASH = [
     {"type": "function", "function": {"name": "bash", "description": "", "parameters": {"type": "object", "properties": {}}}}
 ]
+CALL = '<tool_call>\n{"name": "bash", "arguments": {}}\n</tool_call>'
 
 
 def result_for(call_id: str, content: str = "a.py") -> dict[str, Any]:
@@ -180,25 +181,74 @@ async def test_what_is_asked_of_each_engine(tokenizer: PreTrainedTokenizerFast) 
     }
 
 
-async def test_turns_get_the_room_that_is_left_until_there_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    call = '<tool_call>\n{"name": "bash", "arguments": {}}\n</tool_call><|im_end|>'
-    async with Engine(tokenizer, "sglang", says(tokenizer, call)) as engine:
-        conversation = policy_for(engine, tokenizer, agent_max_tokens=None, max_context_tokens=600).start("t", tools=BASH)
-        new: list[dict[str, Any]] = QUESTION
-        while len(conversation.rollout.segments[0].tokens if conversation.rollout.segments else []) < 530:
-            turn = await conversation.respond(new)
-            new = [result_for(turn.tool_calls[0].id, "file " * 5)]
-        with pytest.raises(ContextFullError, match=r"the prompt has \d+ tokens of 600"):
-            await conversation.respond([result_for(turn.tool_calls[0].id, "file " * 60)])
+async def talk(conversation: TokensConversation, outputs: Sequence[str]) -> None:
+    new: list[dict[str, Any]] = [{"role": "system", "content": "You are careful."}, *QUESTION]
+    for output in outputs:
+        turn = await conversation.respond(new)
+        new = [result_for(turn.tool_calls[0].id, output)]
 
-    rooms = [
-        (len(exchange.prompt_ids), request["sampling_params"]["max_new_tokens"])
-        for exchange, request in zip(engine.exchanges, engine.requests, strict=True)
-    ]
-    assert len(rooms) > 2
-    assert all(prompt + room == 600 and room >= LEAST_ANSWER_TOKENS for prompt, room in rooms)
-    assert len(conversation.rollout.segments[0].tokens) <= 600
+
+async def go_on(conversation: TokensConversation, turn: Turn) -> None:
+    while True:
+        turn = await conversation.respond([result_for(turn.tool_calls[0].id)])
+
+
+@pytest.mark.parametrize("agent_max_tokens", [None, 80])
+async def test_a_full_context_is_cut_into_a_new_segment(
+    agent_max_tokens: int | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    context, outputs = 900, [f"{number}:" + "file " * 30 for number in range(24)]
+    async with Engine(tokenizer, "sglang", says(tokenizer, f"{CALL}<|im_end|>")) as engine:
+        policy = policy_for(engine, tokenizer, agent_max_tokens=agent_max_tokens, max_context_tokens=context)
+        conversation = policy.start("t", tools=BASH)
+        await talk(conversation, outputs)
+
+    for exchange, request in zip(engine.exchanges, engine.requests, strict=True):
+        room = request["sampling_params"]["max_new_tokens"]
+        assert room == agent_max_tokens or len(exchange.prompt_ids) + room == context
+        assert room >= (agent_max_tokens or context / 4), "a turn has the room that it may want"
+    segments = conversation.rollout.segments
+    assert len(segments) > 2
+    assert sum(segment.sampled for segment in segments) == sum(len(exchange.output_ids) for exchange in engine.exchanges)
+    # A segment is everything that the engine saw and said in its last turn: history only grew in between.
+    whole = [exchange.prompt_ids + exchange.output_ids for exchange in engine.exchanges]
+    ends = [*(place - 1 for place in range(1, len(whole)) if whole[place][: len(whole[place - 1])] != whole[place - 1]), -1]
+    assert [tuple(segment.tokens) for segment in segments] == [whole[place] for place in ends]
+    for segment in segments[1:]:
+        shown = tokenizer.decode(segment.tokens)
+        assert "You are careful." in shown
+        assert "<|im_start|>user\nList the files.<|im_end|>" in shown
+    assert f"<tool_response>\n{outputs[-2]}\n</tool_response>" in shown
+    assert f"<tool_response>\n{outputs[0]}\n</tool_response>" not in shown
     conversation.rollout.check()
+
+
+async def test_a_prompt_that_cannot_be_shortened_gets_the_room_that_is_left_until_there_is_none(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    question = [{"role": "user", "content": "file " * 150}]
+    async with Engine(tokenizer, "sglang", says(tokenizer, f"{CALL}<|im_end|>")) as engine:
+        policy = policy_for(engine, tokenizer, agent_max_tokens=None, max_context_tokens=600)
+        conversation = policy.start("t", tools=BASH)
+        turn = await conversation.respond(question)
+        prompt = len(engine.exchanges[0].prompt_ids)
+        assert 600 - prompt < 600 / 4
+        assert engine.requests[0]["sampling_params"]["max_new_tokens"] == 600 - prompt
+        with pytest.raises(ContextFullError, match=r"the prompt has \d+ tokens of 600"):
+            await go_on(conversation, turn)
+        assert len(engine.exchanges) > 1
+    assert all(len(segment.tokens) <= 600 for segment in conversation.rollout.segments)
+
+
+async def test_a_trainer_s_limit_counts_where_it_is_lower(tokenizer: PreTrainedTokenizerFast) -> None:
+    for own, expected in ((None, 700), (600, 600), (5000, 700)):
+        async with Engine(tokenizer, "sglang", says(tokenizer, f"{CALL}<|im_end|>")) as engine:
+            policy = policy_for(engine, tokenizer, agent_max_tokens=60, max_context_tokens=own)
+            policy.limit_sequences(700)
+            conversation = policy.start("t", tools=BASH)
+            await talk(conversation, ["file " * 30] * 12)
+        longest = max(len(segment.tokens) for segment in conversation.rollout.segments)
+        assert expected / 2 < longest <= expected
 
 
 # --- when something goes wrong ---------------------------------------------------------------------------------------

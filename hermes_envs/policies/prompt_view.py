@@ -1,0 +1,69 @@
+"""What is shown of a conversation that no longer fits into the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hermes_envs.policies.base import Message
+
+KEPT_TURNS = 2
+"""The last turns, which are shown whole as long as that is possible."""
+
+SHORT_OUTPUT_CHARS = 200
+"""What an old tool output is shortened to, half from its beginning and half from its end."""
+
+
+class PromptView:
+    """Ever shorter views of a conversation, from mild to drastic.
+
+    All begin with the messages up to the first user message and end with the last turn; a turn is an assistant message and what
+    answers it. First old tool outputs are shortened, then old turns are left out, oldest first, at last the outputs of the last
+    turns are shortened, too.
+    """
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        first_user = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
+        self._head = list(messages[: first_user + 1])
+        self._turns: list[list[Message]] = []
+        for message in messages[first_user + 1 :]:
+            if message["role"] == "assistant" or not self._turns:
+                self._turns.append([])
+            self._turns[-1].append(message)
+
+    def shortened(self, fits: Callable[[Sequence[Message]], bool]) -> list[Message] | None:
+        """The mildest view that fits; None if none does."""
+        views = self._views()
+        # Each view is shorter than the one before it, and to try one costs a rendering: search by halves.
+        mildest, beyond = 0, len(views)
+        while mildest < beyond:
+            middle = (mildest + beyond) // 2
+            if fits(self._with(views[middle])):
+                beyond = middle
+            else:
+                mildest = middle + 1
+        return self._with(views[mildest]) if mildest < len(views) else None
+
+    def _views(self) -> list[list[list[Message]]]:
+        old, last = [_short(turn) for turn in self._turns[:-KEPT_TURNS]], self._turns[-KEPT_TURNS:]
+        views = [[*old[dropped:], *last] for dropped in range(len(old) + 1)]
+        for place, turn in enumerate(last):
+            later = last[place + 1 :]
+            views.append([_short(turn), *later])
+            if later:
+                views.append(later)
+        return views
+
+    def _with(self, turns: Sequence[Sequence[Message]]) -> list[Message]:
+        return [*self._head, *(message for turn in turns for message in turn)]
+
+
+def _short(turn: Sequence[Message]) -> list[Message]:
+    return [_short_output(message) if message["role"] == "tool" else message for message in turn]
+
+
+def _short_output(message: Message) -> Message:
+    content = str(message["content"])
+    if len(content) <= 2 * SHORT_OUTPUT_CHARS:
+        return message
+    left_out, half = len(content) - SHORT_OUTPUT_CHARS, SHORT_OUTPUT_CHARS // 2
+    return {**message, "content": f"{content[:half]}\n[{left_out} characters are no longer shown]\n{content[-half:]}"}
