@@ -36,6 +36,7 @@ from hermes_envs.group import Group, InfrastructureFailure
 from hermes_envs.html_report import write_html_report
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import Message, Policy, Reference
+from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.process import GroupQueue, Reporter, Summary
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.external import ExternalTool
@@ -114,7 +115,9 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
-        if config.policy != "tokens":
+        if config.policy == "tokens":
+            self.server_cls = exact_server_class(self._servers)
+        else:
             config.tokenizer_name = str(PLACEHOLDER_TOKENIZER)
             self.server_cls = UnusedServer
         super().__init__(config, self._servers, slurm=slurm, testing=testing)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tenacity import RetryError
 
-from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
+from hermes_envs.errors import EngineError, InexactRolloutError
+from hermes_envs.policies.token_servers import Completions, exact_server_class
 from hermes_envs.rendering import ChatRenderer
 from hermes_envs.rollout import check_logprobs
 
@@ -42,15 +43,18 @@ class TokenEngine:
     """
 
     def __init__(self, server: ServerManager, renderer: ChatRenderer, temperature: float, patience_s: float = 300.0) -> None:
-        """Raises: ConfigError: the server cannot return token ids."""
-        kind = server.servers[0].config.server_type
-        if kind not in ("sglang", "vllm"):
-            raise ConfigError(f"openai.server_type: policy tokens needs token ids: sglang or vllm, not {kind}")
+        """`server` is made with `exact_server_class`.
+
+        Raises:
+            ConfigError: the servers cannot return token ids.
+        """
+        if not isinstance(server.servers[0], exact_server_class([one.config for one in server.servers])):
+            raise TypeError("the server manager must be made with exact_server_class")
         self._server = server
         self._renderer = renderer
         self._patience_s = patience_s
         self._sampling: dict[str, Any] = {"n": 1, "temperature": temperature, "stop_token_ids": list(renderer.stop_token_ids)}
-        if kind == "sglang":
+        if server.servers[0].config.server_type == "sglang":
             self._sampling["stop"] = list(renderer.stop_texts)
 
     async def sample(self, prompt_ids: Sequence[int], max_tokens: int) -> Sample:
@@ -60,20 +64,15 @@ class TokenEngine:
             EngineError: the engine refused, timed out, or its answer is no completion.
             InexactRolloutError: the answer is one, but not to what was asked, or not to the letter.
         """
-        sent, outputs, logprobs, reasons = await self._ask(prompt_ids, max_tokens)
-        if list(sent) != list(prompt_ids):
-            raise InexactRolloutError(
-                f"the engine was sent {len(sent)} tokens where the prompt has {len(prompt_ids)}: "
-                "a doubled beginning-of-sequence token is removed on the way"
-            )
+        _, outputs, logprobs, reasons = await self._ask(prompt_ids, max_tokens)
         if not len(outputs) == len(logprobs) == len(reasons) == 1:
             raise EngineError(f"the engine returned {len(outputs)} completions where one was asked for")
         self._check_tokens(outputs[0], max_tokens)
         check_logprobs(outputs[0], logprobs[0])
         return Sample(outputs[0], logprobs[0], self._was_truncated(outputs[0], max_tokens, _reason(reasons[0])))
 
-    async def _ask(self, prompt_ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[Any], list[Any], list[Any]]:
-        call: asyncio.Future[tuple[list[int], list[Any], list[Any], list[Any]]] = asyncio.ensure_future(
+    async def _ask(self, prompt_ids: Sequence[int], max_tokens: int) -> Completions:
+        call: asyncio.Future[Completions] = asyncio.ensure_future(
             self._server.tokens_and_logprobs_completion(input_ids=list(prompt_ids), max_tokens=max_tokens, **self._sampling)
         )
         healthy_at = time.monotonic()
@@ -86,6 +85,8 @@ class TokenEngine:
             return call.result()
         except RetryError as error:
             cause = error.last_attempt.exception()
+            if isinstance(cause, EngineError):
+                raise cause from None
             raise EngineError(f"the engine at {self._addresses()} failed: {type(cause).__name__}: {cause}") from cause
         finally:
             call.cancel()

@@ -12,13 +12,13 @@ import pytest
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.errors import EngineError, InexactRolloutError
+from hermes_envs.errors import EngineError
 from hermes_envs.policies.token_engine import TokenEngine
 from hermes_envs.policies.tokens import TokensPolicy
 from hermes_envs.policies.tokens_options import TokensOptions
 from hermes_envs.rendering import create_chat_renderer
 from hermes_envs.rollout import Rollout
-from tests.engine.engine import Engine
+from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, server_manager
 from tests.engine.speech import says
 from tests.engine.tokenizer import make_tokenizer
@@ -40,7 +40,7 @@ def entries(reply: dict[str, Any]) -> list[list[Any]]:
 
 def without_end(reply: dict[str, Any]) -> dict[str, Any]:
     entries(reply).pop()
-    return reply
+    return with_meta(completion_tokens=len(entries(reply)))(reply)
 
 
 def with_end_inside(reply: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def with_meta(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("mangle", "complaint"),
     [
-        (with_meta(output_token_logprobs=[]), "returned no token"),
+        (with_meta(output_token_logprobs=[], completion_tokens=0), "returned no token"),
         (lambda reply: {"text": reply["text"]}, "returned no token"),
         (lambda reply: [], "returned 0 completions"),
         (lambda reply: [reply, reply], "returned 2 completions"),
@@ -76,7 +76,10 @@ def with_meta(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (with_end_inside, "went on after a stop token"),
         (without_end, r"ended a turn at '\.', which is no stop token"),
         (with_meta(finish_reason={"type": "abort"}), "aborted"),
-        (lambda reply: with_meta(output_token_logprobs=entries(reply)[:2] * 40)(reply), "80 tokens where at most 60"),
+        (
+            lambda reply: with_meta(output_token_logprobs=entries(reply)[:2] * 40, completion_tokens=80)(reply),
+            "80 tokens where at most 60",
+        ),
     ],
 )
 async def test_an_answer_that_cannot_be_training_data_is_refused(
@@ -107,7 +110,7 @@ async def test_vllm_without_logprobs_is_refused(tokenizer: PreTrainedTokenizerFa
 
     assert missing.endswith("failed: KeyError: 'logprobs'")
     assert none == "the engine returned 0 completions where one was asked for"
-    assert "IndexError" in empty
+    assert empty == "the engine returned a token without a logprob"
 
 
 async def test_an_engine_that_fails_is_named_with_the_cause(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -148,21 +151,50 @@ async def test_an_engine_that_fails_is_named_with_the_cause(tokenizer: PreTraine
     assert "500" in broken
 
 
-async def test_a_prompt_that_is_changed_on_the_way_is_noticed(tmp_path: Path) -> None:
-    """atroposlib's server takes away a second beginning-of-sequence token without a word."""
+@pytest.mark.parametrize(
+    ("dialect", "mangle", "complaint"),
+    [
+        ("sglang", with_meta(prompt_tokens=5), r"a prompt of 5 tokens where \d+ were sent"),
+        ("tinker", with_meta(prompt_tokens=5), r"a prompt of 5 tokens where \d+ were sent"),
+        ("sglang", with_meta(completion_tokens=40), r"sampled 40 tokens and returned \d+ with their logprobs"),
+        ("sglang", lambda reply: reply | {"output_ids": [1, 2, 3]}, "sampled 3 tokens and returned others"),
+        ("sglang", lambda reply: ["no"], "the engine's answer is no object but no"),
+        ("vllm", lambda reply: reply | {"prompt_token_ids": [1, 2, 3]}, "another prompt, of 3 tokens"),
+        # Cut at the limit this would pass for a shorter turn.
+        (
+            "vllm",
+            lambda reply: reply | {"logprobs": [reply["logprobs"][0][:2]], "finish_reasons": ["length"]},
+            r"sampled \d+ tokens and returned others, 2, with logprobs",
+        ),
+    ],
+)
+async def test_what_an_engine_says_of_its_answer_must_agree_with_it(
+    dialect: Dialect,
+    mangle: Callable[[dict[str, Any]], object],
+    complaint: str,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    async with Engine(tokenizer, dialect, says(tokenizer, "The tests pass.<|im_end|>"), mangle) as engine:
+        conversation = policy_for(engine, tokenizer).start("t", tools=[])
+        with pytest.raises(EngineError, match=complaint):
+            await conversation.respond(QUESTION)
+
+    assert conversation.rollout == Rollout("t")
+
+
+async def test_a_repeated_token_at_the_beginning_reaches_the_engine(tmp_path: Path) -> None:
+    """atroposlib's own request would take away the second of two beginning-of-sequence tokens without a word."""
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.save_pretrained(tmp_path)
     tokenizer.name_or_path = str(tmp_path)
     renderer = create_chat_renderer(tokenizer)
-    prompt = renderer.prompt(QUESTION, [])
+    prompt = [tokenizer.bos_token_id, *renderer.prompt(QUESTION, [])]
+    assert prompt[0] == prompt[1]
     async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>")) as engine:
         server = server_manager(tokenizer, engine.base_url, server_type="sglang")
-        token_engine = TokenEngine(server, renderer, temperature=1.0)
-        # A template that spells the token in its text doubles it.
-        with pytest.raises(InexactRolloutError, match="doubled beginning-of-sequence"):
-            await token_engine.sample([tokenizer.bos_token_id, *prompt], 20)
-        await token_engine.sample(prompt, 20)
+        await TokenEngine(server, renderer, temperature=1.0).sample(prompt, 20)
+    assert list(engine.exchanges[0].prompt_ids) == prompt
 
 
 async def test_patience_with_engines_that_are_down_ends(tokenizer: PreTrainedTokenizerFast) -> None:
