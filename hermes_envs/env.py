@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from backends import BackendOptions, create_tool_backend
 from backends.base import Layer, ToolBackend
 from backends.errors import SandboxError
+from backends.no_sandbox import NoSandbox
 from hermes_envs import command_line
 from hermes_envs.agent import Agent, AgentOptions
 from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
@@ -97,6 +98,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     toolsets: ClassVar[Toolsets] = Toolsets()
     own_external_tools: ClassVar[Sequence[ExternalTool]] = ()
     """What `tool_server_url: inprocess` offers."""
+    needs_sandbox: ClassVar[bool] = True
+    """Whether trajectories get a slot of a backend; without one, their tools are those of a tool server alone."""
 
     config: AgentEnvConfig
     backend: ToolBackend
@@ -263,7 +266,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
             async with (
                 aclosing(self.policy),
                 external_tools(self.config, self.own_external_tools) as external,
-                create_tool_backend(self.config) as self.backend,
+                create_tool_backend(self.config) if self.needs_sandbox else NoSandbox() as self.backend,
             ):
                 self.executor.offer(external)
                 await self.setup_agent_env()
