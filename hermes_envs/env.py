@@ -212,10 +212,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                 trajectory.score = await self.verify_and_score_trajectory(item, trajectory, workspace)
         return trajectory
 
-    async def collect_group(self, item: Any) -> Group:
-        """Roll out `group_size` trajectories at once; each ends scored or as an infrastructure failure."""
+    async def collect_group(self, item: Any, size: int | None = None) -> Group:
+        """Roll out `size` trajectories at once, `group_size` by default; each ends scored or as an infrastructure failure."""
         name = self.item_name(item)
-        trajectory_ids = [f"{name}-{index}-{secrets.token_hex(4)}" for index in range(self.config.group_size)]
+        trajectory_ids = [f"{name}-{index}-{secrets.token_hex(4)}" for index in range(size or self.config.group_size)]
         async with asyncio.TaskGroup() as group:
             rollouts = [group.create_task(self._try_rollout(item, id_), name=f"rollout {id_}") for id_ in trajectory_ids]
         # A task group outlives a member that somebody else cancelled; the rollout is lost all the same.
@@ -311,9 +311,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
         self.max_token_len = self.config.max_token_length
         self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
-        if self.config.use_wandb:
-            name = self.name or type(self).__name__
-            self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
+        await self._start_wandb()
         try:
             async with self.running():
                 await self.collect_groups(self.n_groups_to_process, self.summary, self._save_group)
@@ -354,8 +352,14 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     async def _run_evaluate(self) -> None:
         """atroposlib's hook for `evaluate`."""
+        await self._start_wandb()
         async with self.running():
             await self.evaluate()
+
+    async def _start_wandb(self) -> None:
+        if self.config.use_wandb:
+            name = self.name or type(self).__name__
+            self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
 
     def _lost_group(self, item: Any, reason: str) -> Group:
         name = self.item_name(item)

@@ -29,16 +29,18 @@ class TaskSet:
     folder: Path | None = None
 
     @classmethod
-    async def load(cls, name: str, split: str, cache_directory: Path) -> TaskSet:
+    async def load(cls, name: str, split: str, cache_directory: Path, *, subset: str | None = None) -> TaskSet:
         """Read `demo`, a folder with `tasks.jsonl`, a `.jsonl` or `.parquet` file, or a dataset of the Hugging Face hub.
+
+        `subset` names the configuration of a hub dataset that has several.
 
         Raises:
             DatasetError: it is not there or malformed; the message names the file and line.
         """
-        return await asyncio.to_thread(cls._read, name, split, cache_directory)
+        return await asyncio.to_thread(cls._read, name, split, cache_directory, subset)
 
     @classmethod
-    def _read(cls, name: str, split: str, cache_directory: Path) -> TaskSet:
+    def _read(cls, name: str, split: str, cache_directory: Path, subset: str | None) -> TaskSet:
         path = materialise(cache_directory / "demo") if name == DEMO else Path(name).expanduser()
         if path.is_dir():
             return cls(_read_jsonl(path / "tasks.jsonl"), path)
@@ -48,7 +50,7 @@ class TaskSet:
             return cls(_read_parquet(path), path.parent)
         if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
             raise DatasetError(f"dataset_name: {name!r} is no folder, no .jsonl or .parquet file, and no OWNER/NAME of the hub")
-        return cls(_read_hub(name, split))
+        return cls(_read_hub(name, split, subset))
 
 
 def missing_columns(row: Row, required: Sequence[str]) -> list[str]:
@@ -84,11 +86,11 @@ def _read_parquet(path: Path) -> list[Row]:
     return rows
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def _read_hub(name: str, split: str, subset: str | None) -> list[Row]:
     # Takes seconds to import, and most task sets are local.
     import datasets
 
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split)]
+        return [dict(row) for row in datasets.load_dataset(name, subset, split=split)]
     except Exception as reason:
         raise DatasetError(f"dataset_name: cannot load {name!r}, split {split!r}: {reason}") from reason
