@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,11 @@ def usable_endpoints(policy: str, servers: ServerBaseline | list[APIServerConfig
 def hide_api_keys() -> None:
     """Keep keys out of what atroposlib's commands print: the whole configuration of each endpoint."""
     APIServerConfig.model_fields["api_key"].repr = False
+
+
+def allow_local_endpoints() -> None:
+    """Keep atroposlib's commands from warning of each address on this machine, where engines often are."""
+    warnings.filterwarnings("ignore", message="You are using a local Base URL", category=UserWarning)
 
 
 def flushing_writer(writer: jsonlines.Writer | None, path: str) -> jsonlines.Writer:

@@ -16,8 +16,8 @@ from pydantic import Field
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
+from hermes_envs.evaluation import EvaluationOptions, evaluate
 from hermes_envs.policies.base import Reference
-from hermes_envs.process import Summary
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.trajectory import Score, Trajectory
@@ -30,11 +30,11 @@ COMMAND = f"cat {FILE}"
 _SHELL_TOOLS = ("terminal", "bash", "terminal_stateful", "bash_stateful")
 
 
-class SmokeConfig(AgentEnvConfig):
+class SmokeConfig(AgentEnvConfig, EvaluationOptions):
     """Options of the `smoke` environment."""
 
     total_steps: int = Field(1, description="Groups that `process` collects.")
-    num_eval_tasks: int = Field(4, ge=1, description="Groups that `evaluate` collects.")
+    num_eval_tasks: int = Field(4, ge=1, description="Tokens that `evaluate` makes up.")
     enabled_toolsets: Names = Field(["terminal"], description="Toolsets that the model is offered.")
 
 
@@ -113,8 +113,8 @@ class SmokeEnv(AgentEnv):
         return Score(1.0, "the token was repeated")
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Try `num_eval_tasks` tasks, beside whatever else goes on, and print the account."""
-        await self.collect_groups(self.config.num_eval_tasks, Summary())
+        """Measure pass@k on `num_eval_tasks` tokens that nobody has seen."""
+        await evaluate(self, [await self.get_next_item() for _ in range(self.config.num_eval_tasks)], self.config)
 
 
 if __name__ == "__main__":

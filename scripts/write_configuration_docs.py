@@ -15,7 +15,10 @@ from backends import BackendOptions
 from backends.pooled import PoolOptions
 from hermes_envs.agent import AgentOptions
 from hermes_envs.env import AgentEnvConfig
+from hermes_envs.evaluation import EvaluationOptions
+from hermes_envs.gsm8k_agent import Gsm8kAgentConfig
 from hermes_envs.policies import PolicyOptions
+from hermes_envs.simple_qa import SimpleQaConfig
 from hermes_envs.smoke import SmokeConfig
 from hermes_envs.swe_smith import SweSmithConfig
 from hermes_envs.tools.executor import ToolOptions
@@ -28,7 +31,10 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "Tools": (ToolOptions, ToolServerOptions),
     "Sandboxes": (PoolOptions, BackendOptions),
     "Runs": (AgentEnvConfig,),
+    "Evaluation": (EvaluationOptions,),
     "`swe_smith`": (SweSmithConfig,),
+    "`gsm8k_agent`": (Gsm8kAgentConfig,),
+    "`simple_qa`": (SimpleQaConfig,),
     "`smoke`": (SmokeConfig,),
 }
 HEAD = """\

@@ -63,6 +63,7 @@ def test_the_wheel_has_no_tests_and_no_leftovers(wheel: Path) -> None:
     for needed in (
         "sandbox_image/Dockerfile",
         "hermes_envs/configs/swe_smith.yaml",
+        "hermes_envs/maths/problems.jsonl",
         "hermes_envs/placeholder_tokenizer/tokenizer.json",
     ):
         assert (wheel / needed).is_file(), needed

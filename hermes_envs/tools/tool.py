@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,11 @@ def _run_in_shell(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCal
     return "bash_stateful", {"command": arguments["command"], "cwd": workspace.cwd, "env": workspace.env}
 
 
+def _run_python(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
+    command = f"python3 -c {shlex.quote(arguments['code'])}"
+    return "bash", {"command": command, "cwd": workspace.cwd, "env": workspace.env}
+
+
 def _use_terminal(workspace: Workspace, arguments: dict[str, Any]) -> SandboxCall:
     # JSON's 80.0 is as much of an integer as 80.
     sizes: dict[str, Any] = {
@@ -106,6 +112,13 @@ _SHELL_COMMAND = _object(
         "timeout": {"type": "number", "exclusiveMinimum": 0, "description": "Seconds after which it is interrupted."},
     },
     ["command"],
+)
+_CODE = _object(
+    {
+        "code": {"type": "string", "description": "The script."},
+        "timeout": {"type": "number", "exclusiveMinimum": 0, "description": "Seconds after which it is killed."},
+    },
+    ["code"],
 )
 _SECONDS = {"type": "number", "minimum": 0, "maximum": MAX_TIMEOUT_S}
 _TERMINAL = _object(
@@ -155,6 +168,13 @@ BUILTIN_TOOLS = {
                 keeps_state=True,
             )
             for name in ("terminal_stateful", "bash_stateful")
+        ),
+        Tool(
+            "python",
+            "Run a Python 3 script in the working directory and return what it prints; the value of the last line is not "
+            "printed by itself. Each call starts anew: no variable lasts beyond it. Count on the standard library alone.",
+            _CODE,
+            _run_python,
         ),
         Tool(
             "tmux",

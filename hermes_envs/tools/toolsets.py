@@ -21,6 +21,7 @@ class Toolsets:
             "filesystem": ("read_file", "write_file"),
             "terminal_stateful": ("terminal_stateful",),
             "bash_stateful": ("bash_stateful",),
+            "python": ("python",),
             "tmux": ("tmux",),
             "sandbox": ("terminal", "filesystem", "terminal_stateful", "tmux"),
             "default": ("terminal", "filesystem"),

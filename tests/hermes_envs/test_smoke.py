@@ -58,7 +58,7 @@ def test_process(smoke: Callable[..., Any], tmp_path: Path, policy: str, score: 
 def test_evaluate(smoke: Callable[..., Any], policy: str, score: str) -> None:
     status, said, errors = smoke("evaluate", f"--env.policy={policy}", "--env.num_eval_tasks=3", "--env.group_size=1")
     assert status == 0, errors
-    assert "smoke group 3: smoke-" in said
+    assert "smoke evaluation group 3: smoke-" in said
     assert score in said
 
 

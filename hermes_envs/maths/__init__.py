@@ -1,0 +1,1 @@
+"""Mathematical problems and the comparison of answers."""

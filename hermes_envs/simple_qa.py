@@ -1,0 +1,103 @@
+"""Answer five questions without any tool: shows that the model's endpoint and the trainer's wiring work. Needs no sandbox.
+
+python -m hermes_envs.simple_qa process --env.policy oracle
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.errors import ConfigError
+from hermes_envs.evaluation import EvaluationOptions, evaluate
+from hermes_envs.task_order import TaskOrder
+from hermes_envs.variables import Names
+
+SYSTEM_PROMPT = "Answer in one short sentence."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and what a right answer contains."""
+
+    text: str
+    answer: str
+
+
+QUESTIONS = (
+    Question("What is the capital of France?", "Paris"),
+    Question("Which planet is called the red planet?", "Mars"),
+    Question("How many legs does a spider have? Answer with digits.", "8"),
+    Question("What is the chemical formula of water?", "H2O"),
+    Question("Which language are Django and Flask written in?", "Python"),
+)
+
+
+class SimpleQaConfig(AgentEnvConfig, EvaluationOptions):
+    """Options of the `simple_qa` environment."""
+
+    total_steps: int = Field(len(QUESTIONS), description="Groups that `process` collects.")
+    enabled_toolsets: Names = Field([], description="None: there is no sandbox to run tools in.")
+
+
+class SimpleQaEnv(AgentEnv):
+    """Five questions; rewarded if the final response contains the answer, in whatever case."""
+
+    name = "simple_qa"
+    env_config_cls: ClassVar[type[AgentEnvConfig]] = SimpleQaConfig
+    needs_sandbox = False
+    config: SimpleQaConfig
+
+    async def setup_agent_env(self) -> None:
+        """Begin with the first question.
+
+        Raises:
+            ConfigError: tools are enabled.
+        """
+        if self.executor.tools:
+            raise ConfigError("enabled_toolsets: simple_qa has no sandbox to run tools in; leave it empty")
+        self._order = TaskOrder(QUESTIONS, seed=None)
+
+    async def get_next_item(self) -> Question | None:
+        """The next question; `process` takes each once, a trainer gets them over and over."""
+        return self._order.next(once=self.process_mode)
+
+    def number_of_items(self) -> int:
+        """Five."""
+        return len(self._order)
+
+    def data_position(self) -> Sequence[int]:
+        """Where it is in its questions."""
+        return self._order.position
+
+    def restore_data_position(self, position: Sequence[int]) -> None:
+        """Go on there."""
+        self._order.restore_position(position)
+
+    def item_name(self, item: Question) -> str:
+        """Its number."""
+        return f"question-{QUESTIONS.index(item) + 1}"
+
+    async def build_task(self, item: Question) -> AgentTask:
+        """The question, and a sentence as reference."""
+        prompt = [
+            {"role": "system", "content": self.config.system_prompt or SYSTEM_PROMPT},
+            {"role": "user", "content": item.text},
+        ]
+        return AgentTask(prompt=prompt, reference=[f"It is {item.answer}."])
+
+    async def score_trajectory(self, item: Question, final_response: str) -> float:
+        """1 if the response contains the answer."""
+        return float(item.answer.casefold() in final_response.casefold())
+
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Measure pass@k on the questions, which are too few to hold any out."""
+        await evaluate(self, QUESTIONS[: self.config.num_eval_tasks or None], self.config)
+
+
+if __name__ == "__main__":
+    SimpleQaEnv.cli()
