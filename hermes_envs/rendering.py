@@ -1,8 +1,8 @@
 """Messages to tokens and back: the one place that knows the `renderers` library.
 
 `renderers` has a hand-written renderer for each model family, which renders the first prompt, reads an answer from its token
-ids, and extends a prompt by new messages without touching the tokens before them. A tokenizer without one cannot be used
-for exact rollouts: an opaque chat template can only be rendered as a whole, which rewrites history.
+ids, and extends a prompt by new messages without touching the tokens before them. For any other tokenizer with a chat template
+one is derived (`hermes_envs/derived_rendering.py`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import jinja2
 from openai_harmony import HarmonyError
-from renderers import ParsedToolCall, Renderer, ToolCallParseStatus, config_from_name, create_renderer
+from renderers import ParsedResponse, ParsedToolCall, RenderedTokens, ToolCallParseStatus, config_from_name, create_renderer
 from renderers.base import MODEL_RENDERER_MAP
 
-from hermes_envs.errors import ConfigError
+from hermes_envs.chat_template import TEMPLATE_ERRORS
+from hermes_envs.derived_rendering import DerivedRenderer
+from hermes_envs.errors import ConfigError, EngineError
 from hermes_envs.tools.call import ToolCall
 
 logger = logging.getLogger(__name__)
 
-# gpt-oss is chosen by name alone: its renderer fetches an encoding from the network when it is made.
+DERIVED = "derived"
+
 PROBED_RENDERERS = (
     "qwen3",
     "prime-qwen3",
@@ -47,12 +49,21 @@ PROBED_RENDERERS = (
     "laguna-m.1",
     "laguna-xs-2.1",
     "laguna-s-2.1",
+    "deepseek-v4",
+    "gemma4",
+    "inkling",
+    "kimi-k2.5",
+    "qwen3-vl",
 )
-RENDERER_NAMES = (*PROBED_RENDERERS, "deepseek-v4", "gemma4", "gpt-oss", "inkling", "kimi-k2.5", "qwen3-vl")
+# gpt-oss is chosen by name alone: its renderer fetches an encoding from the network when it is made.
+RENDERER_NAMES = (*PROBED_RENDERERS, "gpt-oss", DERIVED)
 """What `renderer` may name beside `auto`."""
 
+# In renderers 0.1.12 their bridges lack the newline that their own prompts and the templates have after a turn.
+FAULTY_BRIDGES = ("laguna-xs.2", "laguna-m.1")
+
 # What constructors and template renders of a renderer that does not suit the tokenizer have been seen to raise.
-UNSUITABLE = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, jinja2.TemplateError, HarmonyError)
+UNSUITABLE = (AssertionError, *TEMPLATE_ERRORS, HarmonyError)
 
 _PROBE_TOOLS: list[dict[str, Any]] = [
     {
@@ -68,10 +79,24 @@ _PROBE_PROMPT: list[dict[str, Any]] = [
     {"role": "system", "content": "You are careful."},
     {"role": "user", "content": "List the files."},
 ]
-_PROBE_CALL = {"id": "call_0", "type": "function", "function": {"name": "bash", "arguments": {"command": "ls"}}}
-_PROBE_TURN: list[dict[str, Any]] = [
-    {"role": "assistant", "content": "I look.", "tool_calls": [_PROBE_CALL]},
-    {"role": "tool", "tool_call_id": "call_0", "name": "bash", "content": "a.py"},
+_PROBE_CALLS = [
+    {"id": f"call0000{number}", "type": "function", "function": {"name": "bash", "arguments": {"command": command}}}
+    for number, command in enumerate(("ls", "pwd"))
+]
+_PROBE_RESULTS: list[dict[str, Any]] = [
+    {"role": "tool", "tool_call_id": call["id"], "name": "bash", "content": "a.py"} for call in _PROBE_CALLS
+]
+_PROBE_QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is in it?"}]
+_PROBES = [
+    _PROBE_PROMPT,
+    _PROBE_PROMPT[1:],
+    [
+        *_PROBE_PROMPT,
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Where?", "tool_calls": _PROBE_CALLS[:1]},
+        *_PROBE_RESULTS[:1],
+    ],
+    [*_PROBE_PROMPT, {"role": "assistant", "content": "", "tool_calls": _PROBE_CALLS[:1]}, *_PROBE_RESULTS[:1]],
+    [*_PROBE_PROMPT, {"role": "assistant", "content": "I look.", "tool_calls": _PROBE_CALLS}, *_PROBE_RESULTS],
 ]
 
 
@@ -92,10 +117,24 @@ class ParsedAnswer:
     tool_calls: tuple[ToolCall, ...]
 
 
+class FamilyRenderer(Protocol):
+    """What the renderers of the `renderers` library and the derived one have in common."""
+
+    def get_stop_token_ids(self) -> list[int]: ...
+
+    def render_ids(self, messages: Any, *, tools: Any = None, add_generation_prompt: bool = False) -> list[int]: ...
+
+    def parse_response(self, token_ids: list[int], *, tools: Any = None, prompt_ids: Any = None) -> ParsedResponse: ...
+
+    def bridge_to_next_turn(
+        self, previous_prompt_ids: list[int], previous_completion_ids: list[int], new_messages: Any, *, tools: Any = None
+    ) -> RenderedTokens | None: ...
+
+
 class ChatRenderer:
     """Turns messages of one model family into tokens and its tokens into answers."""
 
-    def __init__(self, name: str, tokenizer: Any, renderer: Renderer) -> None:
+    def __init__(self, name: str, tokenizer: Any, renderer: FamilyRenderer) -> None:
         self.name = name
         self._tokenizer = tokenizer
         self._renderer = renderer
@@ -103,13 +142,33 @@ class ChatRenderer:
         self.stop_texts = tuple(self.decode([token]) for token in self.stop_token_ids)
         self.vocabulary_size = len(tokenizer)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of text, special tokens written out among it, nothing put before or after."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included. Broken UTF-8 becomes U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """The whole conversation, up to where the model's next turn begins."""
-        return list(self._renderer.render_ids(_for_template(messages), tools=_specs(tools), add_generation_prompt=True))
+        """The whole conversation, up to where the model's next turn begins.
+
+        A malformed call is shown as words, and some families (Mistral, Gemma) refuse results that answer no call: there these
+        are shown as a user's message.
+
+        Raises:
+            ConfigError: the family's form has no room for what is asked: tools, or a first message like this.
+            EngineError: it has none for what the model has said.
+        """
+        refusal: Exception | None = None
+        for shown in (messages, _results_of_no_call_as_questions(messages)):
+            try:
+                return list(self._renderer.render_ids(_for_template(shown), tools=_specs(tools), add_generation_prompt=True))
+            except UNSUITABLE as reason:
+                refusal = refusal or reason
+        said = any(message["role"] == "assistant" for message in messages)
+        error = EngineError if said else ConfigError
+        raise error(f"renderer: {self.name!r} cannot render the conversation: {refusal}") from refusal
 
     def next_prompt(
         self,
@@ -149,13 +208,14 @@ class ChatRenderer:
 
 
 def create_chat_renderer(tokenizer: Any, name: str = "auto") -> ChatRenderer:
-    """Make the renderer for a tokenizer, without touching the network.
+    """Make the renderer for a tokenizer, without touching the network unless it is gpt-oss's.
 
-    `auto` goes by the tokenizer's name where that is a published model's, else takes the first renderer that agrees with the
-    tokenizer's own chat template, token for token, on a conversation with tools.
+    `auto` goes by the tokenizer's name where that is a published model's with a sound renderer, else takes the first renderer
+    that agrees with the tokenizer's own chat template, token for token, on conversations with tools; where none does, one is
+    derived from the template.
 
     Raises:
-        ConfigError: `name` is unknown, does not suit the tokenizer, or no renderer agrees with the template.
+        ConfigError: `name` is unknown or does not suit the tokenizer, or there is no chat template to go by.
     """
     if name == "auto":
         return _automatic(tokenizer)
@@ -163,42 +223,59 @@ def create_chat_renderer(tokenizer: Any, name: str = "auto") -> ChatRenderer:
         raise ConfigError(f"renderer: {name!r} is unknown; use auto or one of {', '.join(RENDERER_NAMES)}")
     try:
         return _create(tokenizer, name)
+    except HarmonyError as reason:
+        raise ConfigError(
+            f"renderer: {name!r} needs the encoding o200k_base, which openai_harmony fetches from the network: {reason}; "
+            "put o200k_base.tiktoken into a folder and name that in TIKTOKEN_ENCODINGS_BASE"
+        ) from reason
     except UNSUITABLE as reason:
         raise ConfigError(f"renderer: {name!r} does not suit the tokenizer {tokenizer.name_or_path!r}: {reason}") from reason
 
 
 def _create(tokenizer: Any, name: str) -> ChatRenderer:
+    if name == DERIVED:
+        return ChatRenderer(name, tokenizer, DerivedRenderer(tokenizer))
     return ChatRenderer(name, tokenizer, create_renderer(tokenizer, config_from_name(name)))
 
 
 def _automatic(tokenizer: Any) -> ChatRenderer:
     published = MODEL_RENDERER_MAP.get(tokenizer.name_or_path)
-    if published is not None:
-        return _create(tokenizer, published)
-    for name in PROBED_RENDERERS:
+    if published is not None and not (published in FAULTY_BRIDGES and tokenizer.chat_template):
+        return create_chat_renderer(tokenizer, published)
+    template = ChatRenderer(DERIVED, tokenizer, DerivedRenderer(tokenizer, to_compare=True))
+    for name in PROBED_RENDERERS if _prompt(template, _PROBE_PROMPT) else ():
         try:
             candidate = _create(tokenizer, name)
-            agrees = all(
-                candidate.prompt(probe, _PROBE_TOOLS) == _template_ids(tokenizer, probe)
-                for probe in (_PROBE_PROMPT, _PROBE_PROMPT + _PROBE_TURN)
-            )
+            agrees = _agree(candidate, template)
         except UNSUITABLE as reason:
             logger.debug("renderer %s does not suit %s: %s", name, tokenizer.name_or_path, reason)
             continue
         if agrees:
             return candidate
-    raise ConfigError(
-        f"renderer: no renderer agrees with the chat template of the tokenizer {tokenizer.name_or_path!r}; "
-        f"name the model's family, one of {', '.join(RENDERER_NAMES)}"
-    )
+    return _create(tokenizer, DERIVED)
 
 
-def _template_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            messages, tools=_PROBE_TOOLS, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+def _agree(candidate: ChatRenderer, template: ChatRenderer) -> bool:
+    """Whether a renderer writes what the chat template does: prompts, and what comes between a turn and the next.
+
+    One that rather renders afresh than bridges is not wrong.
+    """
+    if any(_prompt(candidate, messages) != _prompt(template, messages) for messages in _PROBES):
+        return False
+    prompt, turn = template.prompt(_PROBE_PROMPT, _PROBE_TOOLS), [*template.encode("I look."), template.stop_token_ids[0]]
+    bridges = (
+        [renderer.next_prompt(prompt, turn, new, _PROBE_TOOLS) for renderer in (candidate, template)]
+        for new in (_PROBE_RESULTS[:1], _PROBE_RESULTS, _PROBE_QUESTION)
     )
+    return all(None in pair or pair[0] == pair[1] for pair in bridges)
+
+
+def _prompt(renderer: ChatRenderer, messages: list[dict[str, Any]]) -> list[int] | None:
+    """A prompt with tools, None where that is refused."""
+    try:
+        return renderer.prompt(messages, _PROBE_TOOLS)
+    except (ConfigError, EngineError):
+        return None
 
 
 def _specs(tools: Sequence[dict[str, Any]]) -> Any:
@@ -213,6 +290,20 @@ def _for_template(messages: Sequence[dict[str, Any]]) -> Any:
         else message
         for message in messages
     ]
+
+
+def _results_of_no_call_as_questions(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = []
+    called = False
+    for message in messages:
+        if message["role"] != "tool" or called:
+            called = bool(message.get("tool_calls")) or (called and message["role"] == "tool")
+            shown.append(message)
+        elif shown and shown[-1]["role"] == "user":
+            shown[-1] = {"role": "user", "content": f"{shown[-1]['content']}\n{message['content']}"}
+        else:
+            shown.append({"role": "user", "content": message["content"]})
+    return shown
 
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ those of temperature 1, as vLLM's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -24,7 +24,6 @@ from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.model import RandomModel
-from tests.engine.tokenizer import token_ids
 
 Dialect = Literal["sglang", "vllm", "tinker"]
 
@@ -56,7 +55,8 @@ class Engine:
     """`script` may put words into the model's mouth: it gets the prompt and returns the first tokens of the completion.
 
     `mangle` may spoil a reply: it gets the reply's JSON object and returns what is sent instead. `delay_s` is how long a reply
-    takes. `asked` is set when a request has come, `aborted` when one was given up by its sender.
+    takes. `asked` is set when a request has come, `aborted` when one was given up by its sender. `favoured` are the tokens that
+    the model says more often than others, if it has them: by default Qwen3's that end turns, begin calls and end reasoning.
     """
 
     def __init__(
@@ -66,14 +66,15 @@ class Engine:
         script: Callable[[list[int]], list[int]] = lambda prompt: [],
         mangle: Callable[[dict[str, Any]], object] = lambda reply: reply,
         delay_s: float = 0.0,
+        favoured: Sequence[str] = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "</think>"),
     ) -> None:
         self.exchanges: list[Exchange] = []
         self.requests: list[dict[str, Any]] = []
         self.asked, self.aborted = asyncio.Event(), asyncio.Event()
         self.dialect = dialect
         self._tokenizer = tokenizer
-        favoured = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "</think>")
-        self.model = RandomModel(len(tokenizer), favoured)
+        known = tokenizer.get_added_vocab()
+        self.model = RandomModel(len(tokenizer), [known[token] for token in favoured if token in known])
         self._random = numpy.random.default_rng(7)
         self._script = script
         self._mangle = mangle

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.tokenizer import byte_tokens, token_ids
+from tests.engine.turns import Turns
 
 
 def says(tokenizer: PreTrainedTokenizerFast, text: str) -> Callable[[list[int]], list[int]]:
@@ -112,3 +113,60 @@ class Speech:
 
     def _nothing(self) -> list[int]:
         return [self._end]
+
+
+class FamilySpeech:
+    """Makes up turns of any family, from those that its own renderer writes: whole, cut, garbled, or in single bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, turns: Turns, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._turns = turns
+        self._random = random.Random(seed)
+        self.kinds: list[str] = []
+
+    def __call__(self, prompt: list[int]) -> list[int]:
+        """Another kind of turn each time. A turn without an end is cut by the engine's limit or goes on at random."""
+        makers: dict[str, Callable[[], list[int]]] = {
+            "random": list,
+            "text": lambda: self._ended("  I think that the tests pass \n\n"),
+            "call": lambda: self._turns.call,
+            "two calls": lambda: self._turns.calls,
+            "reasoned call": lambda: self._turns.reasoned_call,
+            "thoughtful call": lambda: [*self._ids("<think>\nWhat is there?\n</think>\n\n"), *self._turns.call],
+            "reasoned text": lambda: self._turns.reasoned_text,
+            "cut call": self._cut,
+            "garbled call": self._garbled,
+            "truncated call": lambda: self._turns.call[: len(self._turns.call) // 2] + self._ids("value " * 200),
+            "words in single bytes": lambda: [
+                *byte_tokens(self._tokenizer, "The function returns ä".encode()),
+                self._turns.stop,
+            ],
+            "broken UTF-8": lambda: [*byte_tokens(self._tokenizer, b"\xc3 \xff\xfe \xe2\x82"), self._turns.stop],
+            "spelled stop token": self._spelled_stop,
+            "another stop token": lambda: [*self._ids("so it is."), self._random.choice(self._turns.stops)],
+            "stray end of reasoning": lambda: self._ended("so it is.\n</think>\n\n"),
+            "nothing": lambda: [self._turns.stop],
+        }
+        # Turns that call something are said more often, for a rollout goes on after them without a new question.
+        kind = self._random.choices(list(makers), [4 if "call" in kind else 1 for kind in makers])[0]
+        self.kinds.append(kind)
+        return list(makers[kind]())
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _ended(self, text: str) -> list[int]:
+        return [*self._ids(text), self._turns.stop]
+
+    def _cut(self) -> list[int]:
+        call = self._turns.call
+        return [*call[: self._random.randint(1, len(call) - 1)], call[-1]]
+
+    def _garbled(self) -> list[int]:
+        calls = self._turns.calls
+        place = self._random.randint(0, len(calls) - 2)
+        return calls[:place] + calls[place + self._random.randint(1, 4) : -1] + calls[-1:]
+
+    def _spelled_stop(self) -> list[int]:
+        spelled = byte_tokens(self._tokenizer, f"a turn ends with {self._tokenizer.decode([self._turns.stop])}".encode())
+        return [*spelled, *self._ids(" as you know"), self._turns.stop]

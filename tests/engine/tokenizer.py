@@ -1,4 +1,4 @@
-"""A tokenizer with Qwen3's special tokens and chat template, made on the spot: byte-level BPE with a few hundred merges."""
+"""Tokenizers with a family's special tokens and chat template, made on the spot: byte-level BPE with a few hundred merges."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATE = Path(__file__).parent.parent / "data" / "qwen3_chat_template.jinja"
+from tests.engine.families import FAMILIES, TEMPLATES, Family
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-# As in Qwen3: the first are special to the tokenizer, the tags of calls and reasoning are not.
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 TEXT = """
 You are a careful engineer. You may call one or more functions to assist with the user query. List the files of the
@@ -25,7 +21,7 @@ arguments. {"name": "bash", "arguments": {"command": "python -m pytest -q tests"
 """
 
 
-def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def make_tokenizer(folder: Path, family: Family = FAMILIES[0]) -> PreTrainedTokenizerFast:
     """Write a tokenizer into `folder`, for `AutoTokenizer.from_pretrained(folder)`, and return it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -39,16 +35,19 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.tags])
+    templates = {name: (TEMPLATES / file).read_text() for name, file in family.templates.items()}
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=TEMPLATE.read_text(),
+        bos_token=family.bos,
+        eos_token=family.special[0],
+        pad_token=family.special[1],
+        chat_template=templates["default"] if list(templates) == ["default"] else templates or None,
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
+    fast.name_or_path = str(folder)
     return fast
 
 
