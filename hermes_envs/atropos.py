@@ -67,10 +67,10 @@ def flushing_writer(writer: jsonlines.Writer | None, path: str) -> jsonlines.Wri
     return jsonlines.open(path, "w", flush=True)
 
 
-def start_wandb(project: str | None, name: str, config: dict[str, Any]) -> bool:
+def start_wandb(project: str | None, name: str, config: dict[str, Any], group: str | None = None) -> bool:
     """Start a run of metrics; False where nobody has logged in, for wandb would ask, or fail where it cannot."""
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
         logger.warning("wandb: not logged in, metrics are not sent; set WANDB_API_KEY, or --env.use_wandb false")
         return False
-    wandb.init(project=project, name=name, config=config)
+    wandb.init(project=project, group=group, name=name, config=config)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ from pydantic_cli import run_and_exit
 from pydantic_cli.argparse import FailedExecutionException
 
 from backends.errors import SandboxError
-from hermes_envs.atropos import hide_api_keys
+from hermes_envs.atropos import allow_local_endpoints, hide_api_keys
 from hermes_envs.errors import ConfigError, HermesEnvsError
 
 _PACKAGE = Path(__file__).parent
 _SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
+CONFIG_VARIABLE = "TINKER_CONFIG"
+"""Names the file that a trainer and its environments share."""
 _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
 
@@ -35,7 +38,9 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     hide_api_keys()
-    sys.argv[1:] = _locate_config(_attach_negative_numbers(sys.argv[1:]))
+    allow_local_endpoints()
+    arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
+    sys.argv[1:] = _locate_config(arguments)
     try:
         _check_config_file(options, sys.argv[1:])
         flags = {name: make() for name, make in commands.items()}
@@ -74,6 +79,14 @@ def _attach_negative_numbers(arguments: Sequence[str]) -> list[str]:
         else:
             attached.append(argument)
     return attached
+
+
+def _add_config(arguments: Sequence[str], config: str) -> list[str]:
+    """Serve with the trainer's file where none is given."""
+    is_given = any(argument.split("=", 1)[0] == "--config" for argument in arguments)
+    if config and not is_given and arguments[:1] == ["serve"]:
+        return [*arguments, "--config", config]
+    return list(arguments)
 
 
 def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> None:

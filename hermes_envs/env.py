@@ -39,6 +39,7 @@ from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import Message, Policy, Reference
 from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.process import GroupQueue, Reporter, Summary
+from hermes_envs.serving import Serving
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.external import ExternalTool
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
@@ -59,6 +60,9 @@ class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, T
     disabled_toolsets: Names = Field([], description="Toolsets whose tools are taken away again.")
     system_prompt: str = Field("", description="System message; empty for the environment's own.")
     max_concurrent_groups: int = Field(4, ge=1, description="Groups that `process` rolls out at once.")
+    worker_timeout: float = Field(
+        -1.0, description="Longest that `serve` waits for a group, in seconds; -1: each phase of a rollout has its own limit."
+    )
     rollout_attempts: int = Field(3, ge=1, description="Times that a rollout is tried when infrastructure fails.")
     group_attempts: int = Field(2, ge=1, description="Times that a group is tried when none of its rollouts completes.")
     cache_directory: str = Field("~/.cache/hermes-envs", description="Where fetched repositories and tasks are kept.")
@@ -168,6 +172,14 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     def build_agent_config(self, item: Any) -> AgentOptions:
         """How long the agent may go on with this item."""
         return self.config
+
+    def data_position(self) -> Any:
+        """Where `get_next_item` is, as JSON can say it, for `serve` to go on from; None if items cannot be taken again."""
+        return None
+
+    def restore_data_position(self, position: Any) -> None:
+        """Have `get_next_item` go on from what `data_position` was."""
+        raise NotImplementedError(f"{type(self).__name__} has positions but does not restore them")
 
     def item_name(self, item: Any) -> str:
         """A short name for logs and records."""
@@ -279,10 +291,15 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     async def env_manager(self) -> None:
         """Serve a trainer through atroposlib's API."""
-        if self.config.policy != "tokens":
-            raise ConfigError(f"env.policy: {self.config.policy!r} has no exact tokens; a trainer needs policy: tokens")
-        async with self.running():
-            await super().env_manager()
+        serving = Serving(self)
+        if self.config.data_path_to_save_groups is not None:
+            self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
+        try:
+            async with self.running():
+                await serving.run()
+        finally:
+            if self.jsonl_writer is not None:
+                self.jsonl_writer.close()
 
     async def collect_trajectories(self, item: Any) -> tuple[list[ScoredDataGroup] | None, list[Any]]:
         """atroposlib's hook in `serve`: items of exactly the registered size, or none."""

@@ -33,6 +33,10 @@ class Summary:
     failure_reasons: dict[str, str] = field(default_factory=dict)
     set_aside: dict[str, str] = field(default_factory=dict)
     skipped_rows: list[str] = field(default_factory=list)
+    groups_served: int = 0
+    """Finished groups that were for a trainer; `groups_dropped` counts those that were not, by the reason."""
+    groups_dropped: dict[str, int] = field(default_factory=dict)
+    failed_evaluations: int = 0
 
     def add(self, group: Group) -> None:
         """Count a finished group; one without any trajectory has failed."""
@@ -75,6 +79,10 @@ class Summary:
             "tasks set aside": len(self.set_aside),
             "rows skipped": len(self.skipped_rows),
         }
+        if self.groups_served or self.groups_dropped:
+            rows["groups for the trainer"] = self.groups_served
+            rows |= {f"groups dropped: {reason}": groups for reason, groups in self.groups_dropped.items()}
+            rows["evaluations failed"] = self.failed_evaluations
         for name, value in rows.items():
             table.add_row(name, str(value))
         return table
@@ -114,6 +122,10 @@ class Reporter:
         if not self._console.is_terminal:
             line = f"{self._title} group {self._done}: {group.name}: {scores}{failed} ({seconds:.1f} s)"
             self._console.print(line, markup=False, highlight=False)
+
+    def tell(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False)
 
     def conclude(self, summary: Summary) -> None:
         """Print the account, and each reason why something is missing from it."""

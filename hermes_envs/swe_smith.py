@@ -187,13 +187,22 @@ class SweSmithEnv(AgentEnv):
 
     async def get_next_item(self) -> SweTask | None:
         """The next task; `process` takes each once, a trainer gets them over and over in a new order."""
-        if self._position == len(self._order):
+        if self._position >= len(self._order):
             if self.process_mode:
                 return None
             self._epoch, self._position = self._epoch + 1, 0
             self._order = self._shuffled()
         self._position += 1
         return self._order[self._position - 1]
+
+    def data_position(self) -> list[int]:
+        """The epoch, whose order follows from the seed, and the place in it."""
+        return [self._epoch, self._position]
+
+    def restore_data_position(self, position: list[int]) -> None:
+        """Put the tasks into the order of that epoch again."""
+        self._epoch, self._position = position
+        self._order = self._shuffled()
 
     def number_of_items(self) -> int:
         """All tasks, or `max_items` of them."""

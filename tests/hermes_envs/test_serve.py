@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import pytest
 from atroposlib.envs.base import APIServerConfig
 from transformers import PreTrainedTokenizerFast
@@ -18,57 +12,17 @@ from transformers import PreTrainedTokenizerFast
 from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK
 from tests.engine.engine import Engine
 from tests.hermes_envs.test_swe_smith import environment, repairs
+from tests.support.rollout_api import RolloutApi, ScriptedTrainer
 from tests.support.small_task import write_task_folder
 
-REGISTRATION = {
-    "wandb_group": "g",
-    "wandb_project": "p",
-    "batch_size": 4,
-    "max_token_len": 4096,
-    "checkpoint_dir": "",
-    "save_checkpoint_interval": 0,
-    "starting_step": 0,
-    "num_steps": 5,
-}
 
-
-@pytest.fixture
-async def api(tmp_path: Path) -> AsyncIterator[str]:
-    """The address of a fresh API server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "atroposlib.api.server:app", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "api.log").open("wb") as log:
-        server = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log)
-        address = f"http://127.0.0.1:{port}"
-        try:
-            async with aiohttp.ClientSession() as session, asyncio.timeout(60):
-                while True:
-                    with contextlib.suppress(aiohttp.ClientConnectionError):
-                        async with session.get(f"{address}/info"):
-                            break
-                    await asyncio.sleep(0.2)
-            yield address
-        finally:
-            server.terminate()
-            await server.wait()
-
-
-async def first_batch(session: aiohttp.ClientSession, address: str) -> list[dict[str, Any]]:
-    while True:
-        async with session.get(f"{address}/batch") as reply:
-            batch = (await reply.json())["batch"]
-        if batch:
-            return list(batch)
-        await asyncio.sleep(0.2)
-
-
-async def test_a_trainer_gets_exact_groups_of_the_registered_size(
-    tmp_path: Path, api: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+async def test_a_trainer_gets_exact_groups_of_the_registered_size(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     write_task_folder(tmp_path / "tasks", rows=2)
-    async with Engine(tokenizer, "tinker", script=repairs(tokenizer)) as engine, aiohttp.ClientSession() as session:
+    async with (
+        RolloutApi(tmp_path / "api.log") as api,
+        ScriptedTrainer(api.address) as trainer,
+        Engine(tokenizer, "tinker", script=repairs(tokenizer)) as engine,
+    ):
         server = APIServerConfig(
             server_type="sglang", base_url=engine.base_url, tokenizer_name=tokenizer.name_or_path, health_check=False
         )
@@ -79,15 +33,13 @@ async def test_a_trainer_gets_exact_groups_of_the_registered_size(
             tokenizer_name=tokenizer.name_or_path,
             group_size=2,
             agent_max_tokens=300,
-            rollout_server_url=api,
+            rollout_server_url=api.address,
             max_num_workers=2,
         )
-        async with session.post(f"{api}/register", json=REGISTRATION) as reply:
-            assert reply.status == 200
+        await trainer.register()
         serving = asyncio.create_task(env.env_manager())
         try:
-            async with asyncio.timeout(120):
-                batch = await first_batch(session, api)
+            batch = await trainer.batch(timeout_s=120)
         finally:
             serving.cancel()
             with pytest.raises(asyncio.CancelledError):
