@@ -114,18 +114,23 @@ def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> No
 
 
 def _locate_config(arguments: Sequence[str]) -> list[str]:
-    """`--config NAME` finds the files that ship with the package where there is no such file in the working directory."""
     located = [
         part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
     ]
     if "--config" in located[:-1]:
         position = located.index("--config") + 1
-        # In a wheel they are inside of the package, in a checkout beside it.
-        for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-            shipped = folder / Path(located[position]).name
-            if not Path(located[position]).exists() and shipped.is_file():
-                located[position] = str(shipped)
+        located[position] = str(config_file(located[position]))
     return located
+
+
+def config_file(name: str) -> Path:
+    """The named file, or one that ships with the package where there is no such file in the working directory."""
+    # In a wheel they are inside of the package, in a checkout beside it.
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+        shipped = folder / Path(name).name
+        if not Path(name).exists() and shipped.is_file():
+            return shipped
+    return Path(name)
 
 
 def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:

@@ -7,6 +7,7 @@
     ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
     ├── RecordingError            a terminal recording is not what its format says; the message names the line
     ├── TaskBuildError            a package or tree cannot be made into tasks
+    ├── TrainingError             a training run cannot go on: a service that it needs is gone, or a process of it has ended
     ├── ToolServerError           the external tool server failed: it does not answer, or not with a result
     └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
         └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
@@ -45,6 +46,10 @@ class RecordingError(HermesEnvsError):
 
 class TaskBuildError(HermesEnvsError):
     """A package or tree cannot be made into tasks; the message says what failed."""
+
+
+class TrainingError(HermesEnvsError):
+    """A training run cannot go on: a service that it needs is gone, or a process that belongs to it has ended."""
 
 
 class ToolServerError(HermesEnvsError):

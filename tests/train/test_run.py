@@ -1,0 +1,107 @@
+"""The one command as a process: what it starts, how it ends, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hermes_envs.train.metrics import FILE, read_metrics
+from tests.train.demonstration import tinker_service, trainer, write_config
+
+pytest.importorskip("torch")
+pytest.importorskip("tinker")
+
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+async def service(walker: Path) -> AsyncIterator[str]:
+    async with tinker_service(walker) as address:
+        yield address
+
+
+async def run(*arguments: str, base_url: str = NOWHERE) -> tuple[int | None, str]:
+    """The status of a trainer that ends by itself, and what it said."""
+    async with trainer(*arguments, base_url=base_url) as process, asyncio.timeout(60):
+        _, said = await process.communicate()
+    return process.returncode, said.decode()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+def processes_of(config: Path) -> list[str]:
+    """The command lines that have to do with a run: by its file, or by the port of its run-api."""
+    sections = yaml.safe_load(config.read_text())
+    marks = (str(config), f"--port {sections['env']['rollout_server_url'].rpartition(':')[2]}")
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        found += [line for mark in marks if mark in line]
+    return found
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "run" / FILE
+    return read_metrics(path) if path.exists() else []
+
+
+async def test_a_file_that_cannot_work_ends_with_one_line(tmp_path: Path, walker: Path) -> None:
+    config = write_config(tmp_path, walker, tinker={"lora_rnk": 8})
+    status, said = await run("--config", str(config))
+    assert status == 1
+    assert said == f"error: config: {config}: tinker.lora_rnk: there is no such option\n"
+
+
+async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, walker: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, said = await run("--config", str(write_config(tmp_path, walker, tinker={"inference_port": port})))
+    assert status == 1
+    assert f"error: tinker.inference_port: port {port} is in use" in said
+
+
+async def test_an_environment_that_fails_ends_the_run_with_its_reason(tmp_path: Path, walker: Path, service: str) -> None:
+    config = write_config(tmp_path, walker, env={"nonsense": 1})
+    status, said = await run("--config", str(config), "--environment", "tests.train.walk", base_url=service)
+    assert status == 1
+    assert "error: environment ended with status 1" in said
+    assert "unknown key env.nonsense" in said
+    assert processes_of(config) == []
+
+
+async def test_a_stop_saves_and_a_second_run_goes_on_and_not_even_a_kill_leaves_anything(
+    tmp_path: Path, walker: Path, service: str
+) -> None:
+    config = write_config(tmp_path, walker)
+    arguments = ("--config", str(config), "--environment", "tests.train.walk")
+    async with trainer(*arguments, base_url=service) as process:
+        await until(lambda: len(steps(tmp_path)) >= 2)
+        assert len(processes_of(config)) >= 3
+        process.terminate()
+        _, said = await process.communicate()
+    assert (process.returncode, said.decode().splitlines()[-1]) == (1, f"interrupted: {tmp_path / 'run'}")
+    assert processes_of(config) == []
+    reached = len(steps(tmp_path))
+    assert (tmp_path / "run" / f"step-{reached:08d}.json").exists()
+
+    async with trainer(*arguments, base_url=service) as process:
+        await until(lambda: len(steps(tmp_path)) > reached)
+        assert process.stderr is not None
+        os.kill(process.pid, signal.SIGKILL)
+        await until(lambda: processes_of(config) == [], 30)
+    assert [row["step"] for row in steps(tmp_path)] == list(range(len(steps(tmp_path))))
