@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hermes_envs.errors import EngineError
 from hermes_envs.policies.base import ContextFullError, Conversation, Message, Turn
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.executor import ToolExecutor
@@ -36,7 +37,7 @@ class Agent:
         """Play until the model stops calling tools or something runs out.
 
         Raises:
-            EngineError: the policy's engine failed.
+            EngineError: the policy's engine failed, or had no room for a first turn.
             SandboxError: the slot failed.
         """
         transcript: list[Message] = []
@@ -48,7 +49,10 @@ class Agent:
             try:
                 with stopwatch.measure("model"):
                     turn = await conversation.respond(new_messages)
-            except ContextFullError:
+            except ContextFullError as reason:
+                if not steps:
+                    # The policy has not done anything that it could be judged by.
+                    raise EngineError(f"there is no room for a first turn: {reason}") from reason
                 end = "context"
                 break
             steps += 1

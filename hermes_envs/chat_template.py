@@ -10,7 +10,7 @@ import jinja2
 
 from hermes_envs.errors import ConfigError
 
-TEMPLATE_ERRORS = (jinja2.TemplateError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What rendering has been seen to raise: templates refuse conversations, and trip over shapes that they do not expect."""
 
 PROBE_TOOL: dict[str, Any] = {

@@ -195,7 +195,9 @@ class DerivedRenderer:
                 f"but with {self._tail([USER])!r}; exact rollouts need one"
             )
         hints = [self._tokenizer.eos_token_id, *_generation_config_stops(str(self._tokenizer.name_or_path))]
-        return tuple(dict.fromkeys([*found, *(token for token in hints if token is not None)]))
+        # A config may be of a model with more tokens: to one without text every turn would seem to have ended.
+        known = range(len(self._tokenizer))
+        return tuple(dict.fromkeys([*found, *(token for token in hints if token in known and self._decode([token]))]))
 
     def _tail(self, new_messages: Sequence[Message]) -> str:
         """What follows an answer in words."""
@@ -287,8 +289,12 @@ def _probe_call(argument: str) -> Message:
     return call_message("", [PROBE_TOOL["function"]["name"]], ["look00000"], argument)
 
 
-def _generation_config_stops(name_or_path: str) -> list[int]:
-    """The end tokens of the generation config beside the tokenizer, on this machine; none if it is not there."""
+def _generation_config_stops(name_or_path: str) -> list[Any]:
+    """The end tokens of the generation config beside the tokenizer, on this machine; none if it is not there.
+
+    Raises:
+        ConfigError: it is no generation config.
+    """
     path = Path(name_or_path) / GENERATION_CONFIG
     if not path.is_file():
         try:
@@ -298,5 +304,8 @@ def _generation_config_stops(name_or_path: str) -> list[int]:
         if not isinstance(cached, str):
             return []
         path = Path(cached)
-    end = json.loads(path.read_text()).get("eos_token_id")
-    return [end] if isinstance(end, int) else list(end or ())
+    try:
+        end = dict(json.loads(path.read_text())).get("eos_token_id")
+    except (OSError, TypeError, ValueError) as reason:
+        raise ConfigError(f"tokenizer_name: {path} is no generation config: {reason}") from reason
+    return end if isinstance(end, list) else [end]

@@ -305,10 +305,9 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         """atroposlib's hook in `serve`: items of exactly the registered size, or none."""
         group = await self.collect_group(item)
         self.summary.add(group)
-        reasons = [failure.reason for failure in group.failures]
-        reasons += [f"{one.trajectory_id} has no room for a turn" for one in group.trajectories if not one.rollout.segments]
-        if reasons:
-            logger.warning("%s: group dropped: %s", group.name, "; ".join(reasons))
+        if group.failures:
+            reasons = "; ".join(failure.reason for failure in group.failures)
+            logger.warning("%s: group dropped: %s", group.name, reasons)
             return None, []
         items = group.items()
         for data in items:

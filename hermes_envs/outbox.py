@@ -54,6 +54,11 @@ class Outbox:
         """How many items no batch was made of yet."""
         return len(self._queued) + len(self._waiting)
 
+    @property
+    def batches(self) -> int:
+        """How many of the latest batches a trainer may not have had."""
+        return self._batches
+
     def tickets(self, step: int) -> list[Ticket]:
         """Of what a trainer has not had that has had `step` batches, oldest first."""
         return [parcel.ticket for parcel in (*self._not_had(step), *self._queued, *self._waiting)]

@@ -55,8 +55,9 @@ PROBED_RENDERERS = (
     "kimi-k2.5",
     "qwen3-vl",
 )
-# gpt-oss is chosen by name alone: its renderer fetches an encoding from the network when it is made.
-RENDERER_NAMES = (*PROBED_RENDERERS, "gpt-oss", DERIVED)
+# Chosen by name alone: its renderer fetches an encoding from the network when it is made.
+GPT_OSS = "gpt-oss"
+RENDERER_NAMES = (*PROBED_RENDERERS, GPT_OSS, DERIVED)
 """What `renderer` may name beside `auto`."""
 
 # In renderers 0.1.12 their bridges lack the newline that their own prompts and the templates have after a turn.
@@ -217,12 +218,12 @@ def create_chat_renderer(tokenizer: Any, name: str = "auto") -> ChatRenderer:
     Raises:
         ConfigError: `name` is unknown or does not suit the tokenizer, or there is no chat template to go by.
     """
-    if name == "auto":
-        return _automatic(tokenizer)
-    if name not in RENDERER_NAMES:
+    if name not in ("auto", *RENDERER_NAMES):
         raise ConfigError(f"renderer: {name!r} is unknown; use auto or one of {', '.join(RENDERER_NAMES)}")
     try:
-        return _create(tokenizer, name)
+        if name == "auto":
+            return _automatic(tokenizer)
+        renderer = _create(tokenizer, name)
     except HarmonyError as reason:
         raise ConfigError(
             f"renderer: {name!r} needs the encoding o200k_base, which openai_harmony fetches from the network: {reason}; "
@@ -230,6 +231,11 @@ def create_chat_renderer(tokenizer: Any, name: str = "auto") -> ChatRenderer:
         ) from reason
     except UNSUITABLE as reason:
         raise ConfigError(f"renderer: {name!r} does not suit the tokenizer {tokenizer.name_or_path!r}: {reason}") from reason
+    if name not in (DERIVED, GPT_OSS) and tokenizer.chat_template:
+        template = ChatRenderer(DERIVED, tokenizer, DerivedRenderer(tokenizer, to_compare=True))
+        if not _begin_alike(renderer, template):
+            logger.warning("renderer: %r writes other prompts than the chat template of %r", name, tokenizer.name_or_path)
+    return renderer
 
 
 def _create(tokenizer: Any, name: str) -> ChatRenderer:
@@ -240,9 +246,15 @@ def _create(tokenizer: Any, name: str) -> ChatRenderer:
 
 def _automatic(tokenizer: Any) -> ChatRenderer:
     published = MODEL_RENDERER_MAP.get(tokenizer.name_or_path)
-    if published is not None and not (published in FAULTY_BRIDGES and tokenizer.chat_template):
+    # gpt-oss' channels are more than a template shows.
+    if published is not None and (published == GPT_OSS or not tokenizer.chat_template):
         return create_chat_renderer(tokenizer, published)
     template = ChatRenderer(DERIVED, tokenizer, DerivedRenderer(tokenizer, to_compare=True))
+    if published is not None and published not in FAULTY_BRIDGES:
+        named = _create(tokenizer, published)
+        # Models that share a renderer need not share a template: Qwen3's thinking ones of July 2025 open the reasoning.
+        if _begin_alike(named, template):
+            return named
     for name in PROBED_RENDERERS if _prompt(template, _PROBE_PROMPT) else ():
         try:
             candidate = _create(tokenizer, name)
@@ -253,6 +265,11 @@ def _automatic(tokenizer: Any) -> ChatRenderer:
         if agrees:
             return candidate
     return _create(tokenizer, DERIVED)
+
+
+def _begin_alike(renderer: ChatRenderer, template: ChatRenderer) -> bool:
+    """Whether first prompts are the chat template's, where that takes tools at all."""
+    return all(_prompt(template, first) in (None, _prompt(renderer, first)) for first in _PROBES[:2])
 
 
 def _agree(candidate: ChatRenderer, template: ChatRenderer) -> bool:

@@ -38,6 +38,8 @@ API_PATIENCE_S = 300.0
 FAREWELL_S = 10.0
 """How long handing over what is finished may take at the end."""
 LONGEST_REST_S = 60.0
+FIRST_COMPLAINT = 16
+"""So many dropped groups are told of where hardly any is served, and then twice as many each time."""
 EQUAL_SCORES, INCOMPLETE = "equal scores", "incomplete"
 
 logger = logging.getLogger(__name__)
@@ -282,6 +284,9 @@ class Serving:
     def _drop(self, item: Any, reason: str) -> list[Item]:
         dropped = self._env.summary.groups_dropped
         dropped[reason] = dropped.get(reason, 0) + 1
+        total, served = sum(dropped.values()), self._env.summary.groups_served
+        if total >= FIRST_COMPLAINT and not total & (total - 1) and total > 9 * served:
+            self._reporter.tell(f"{total} groups were dropped and {served} served: {dropped}")
         # The others are ordinary, or have been told of.
         level = logging.INFO if reason in (EQUAL_SCORES, INCOMPLETE) else logging.WARNING
         logger.log(level, "%s: group dropped: %s", self._env.item_name(item), reason)
@@ -335,11 +340,16 @@ class Serving:
         await asyncio.gather(*self._workers, self._schedule.stop(), return_exceptions=True)
         begun = [self._workers.pop(worker) for worker in list(self._workers) if worker.cancelled()]
         self._collect_finished()
-        if not await self._say_goodbye() and not self._is_complete:
+        has_everything = await self._say_goodbye()
+        last = self._env.curr_step
+        # A trainer that ends now has perhaps not had all batches that were made at once.
+        steps = range(max(0, last - self._outbox.batches), last + 1) if self._link.registration is not None else ()
+        unfinished = {step: [*self._outbox.tickets(step), *begun] for step in steps}
+        if not has_everything and not self._is_complete:
             # Whatever the API had in its queue is of no more use to a trainer.
-            self._outbox.send_again(self._env.curr_step)
-        if self._link.registration is not None:
-            await self._schedule.save(self._env.curr_step, [*self._outbox.tickets(self._env.curr_step), *begun])
+            self._outbox.send_again(last)
+        for step, tickets in unfinished.items():
+            await self._schedule.save(step, tickets)
         if self._outbox.waiting:
             path = self._config.cache_path / "unsent" / f"{self._config.wandb_name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
             try:

@@ -6,8 +6,8 @@ python -m hermes_envs.swe_smith process --config configs/swe_smith.yaml
 from __future__ import annotations
 
 import json
-import random
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ from hermes_envs.grading.protection import Protection
 from hermes_envs.grading.test_run import run_tests
 from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
 from hermes_envs.repository import RepositoryCache
+from hermes_envs.task_order import TaskOrder
 from hermes_envs.task_set import Row, TaskSet, missing_columns
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.trajectory import Score, Trajectory
@@ -147,13 +148,13 @@ class SweSmithEnv(AgentEnv):
         """
         cache = self.config.cache_path
         task_set = await TaskSet.load(self.config.dataset_name, self.config.dataset_split, cache)
-        self._tasks = self._read_rows(task_set.rows)
+        tasks = self._read_rows(task_set.rows)
+        seed = self.config.seed if self.config.shuffle else None
+        self._order = TaskOrder(tasks, seed=seed, most=self.config.max_items)
         self._wheels = tuple(sorted((task_set.folder / "wheels").glob("*.whl"))) if task_set.folder else ()
         self._repositories = RepositoryCache(
             cache / "repositories", self._repository_url(task_set.folder), self.config.install_timeout_s
         )
-        self._epoch, self._position = 0, 0
-        self._order = self._shuffled()
 
     def _read_rows(self, rows: list[Row]) -> list[SweTask]:
         tasks = []
@@ -179,30 +180,17 @@ class SweSmithEnv(AgentEnv):
             return (folder / "repositories").resolve().as_uri()
         return "https://github.com"
 
-    def _shuffled(self) -> list[SweTask]:
-        order = list(self._tasks)
-        if self.config.shuffle:
-            random.Random(f"{self.config.seed}-{self._epoch}").shuffle(order)
-        return order[: self.config.max_items or None]
-
     async def get_next_item(self) -> SweTask | None:
         """The next task; `process` takes each once, a trainer gets them over and over in a new order."""
-        if self._position >= len(self._order):
-            if self.process_mode:
-                return None
-            self._epoch, self._position = self._epoch + 1, 0
-            self._order = self._shuffled()
-        self._position += 1
-        return self._order[self._position - 1]
+        return self._order.next(once=self.process_mode)
 
-    def data_position(self) -> list[int]:
-        """The epoch, whose order follows from the seed, and the place in it."""
-        return [self._epoch, self._position]
+    def data_position(self) -> Sequence[int]:
+        """Where it is in its tasks."""
+        return self._order.position
 
-    def restore_data_position(self, position: list[int]) -> None:
-        """Put the tasks into the order of that epoch again."""
-        self._epoch, self._position = position
-        self._order = self._shuffled()
+    def restore_data_position(self, position: Sequence[int]) -> None:
+        """Go on there."""
+        self._order.restore_position(position)
 
     def number_of_items(self) -> int:
         """All tasks, or `max_items` of them."""

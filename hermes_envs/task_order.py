@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from hermes_envs.errors import ConfigError
+
 Task = TypeVar("Task")
 
 
@@ -41,8 +43,16 @@ class TaskOrder(Generic[Task]):
         return [self._epoch, self._index]
 
     def restore_position(self, position: Sequence[int]) -> None:
-        """Go on from where `position` says."""
-        self._epoch, self._index = position
+        """Go on from where `position` says.
+
+        Raises:
+            ConfigError: there is no such place in these tasks.
+        """
+        match position:
+            case [int(epoch), int(index)] if epoch >= 0 and 0 <= index <= len(self._tasks):
+                self._epoch, self._index = epoch, index
+            case _:
+                raise ConfigError(f"checkpoint_dir: {position!r} is no place in {len(self._tasks)} tasks; were they changed?")
         self._order = list(self._tasks)
         if self._seed is not None and self._epoch:
             random.Random(f"{self._seed}-{self._epoch}").shuffle(self._order)

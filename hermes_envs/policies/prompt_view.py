@@ -16,17 +16,17 @@ SHORT_OUTPUT_CHARS = 200
 class PromptView:
     """Ever shorter views of a conversation, from mild to drastic.
 
-    All begin with the messages up to the first user message and end with the last turn; a turn is an assistant message and what
-    answers it. First old tool outputs are shortened, then old turns are left out, oldest first, at last the outputs of the last
-    turns are shortened, too.
+    All begin with the messages before the first answer, which say what to do, and end with the last turn; a turn is an
+    assistant message and what answers it. First old tool outputs are shortened, then old turns are left out, oldest first, at
+    last the outputs of the last turns are shortened, too.
     """
 
     def __init__(self, messages: Sequence[Message]) -> None:
-        first_user = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
-        self._head = list(messages[: first_user + 1])
+        begun = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        self._head = list(messages[:begun])
         self._turns: list[list[Message]] = []
-        for message in messages[first_user + 1 :]:
-            if message["role"] == "assistant" or not self._turns:
+        for message in messages[begun:]:
+            if message["role"] == "assistant":
                 self._turns.append([])
             self._turns[-1].append(message)
 

@@ -193,6 +193,53 @@ def test_stop_tokens_of_the_generation_config_are_known(tmp_path: Path) -> None:
     assert bridged[len(prompt) + len(said)] == token_ids(tokenizer, "<|start_header_id|>")[0], "the turn is ended once"
 
 
+def test_end_tokens_that_the_tokenizer_does_not_have_end_nothing(tmp_path: Path) -> None:
+    """An empty text in `stop` would stop an engine at once, and make every turn look ended."""
+    tokenizer = make_tokenizer(tmp_path, BY_NAME["hermes_3"])
+    known = create_chat_renderer(tokenizer, "derived").stop_token_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [len(tokenizer), 10**6, -1, None]}))
+
+    renderer = create_chat_renderer(tokenizer, "derived")
+
+    assert renderer.stop_token_ids == known
+    assert all(renderer.stop_texts)
+
+
+@pytest.mark.parametrize("content", ["{oops", "[]", "7"])
+@pytest.mark.parametrize("name", ["auto", "derived"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, name: str, content: str) -> None:
+    tokenizer = make_tokenizer(tmp_path, BY_NAME["hermes_3"])
+    (tmp_path / "generation_config.json").write_text(content)
+    if content == "[]":
+        # An empty list of pairs: nothing that ends a turn, and nothing wrong.
+        create_chat_renderer(tokenizer, name)
+    else:
+        with pytest.raises(ConfigError, match=r"generation_config\.json is no generation config"):
+            create_chat_renderer(tokenizer, name)
+
+
+def test_a_published_name_counts_for_less_than_the_template(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen's thinking models of July 2025 have Qwen3's name and renderer, but open the reasoning in the prompt."""
+    tokenizer = make_tokenizer(tmp_path, BY_NAME["qwen3"])
+    tokenizer.name_or_path = "Qwen/Qwen3-4B-Thinking-2507"
+    assert create_chat_renderer(tokenizer).name == "qwen3"
+
+    template = str(tokenizer.chat_template)
+    opening = "{{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking"
+    assert template.count(opening) == 1
+    tokenizer.chat_template = template.replace(opening, opening.replace("\\n' }}", "\\n<think>\\n' }}"))
+    renderer = create_chat_renderer(tokenizer)
+    assert renderer.name == "derived"
+    assert renderer.decode(renderer.prompt([QUESTION], TOOLS)).endswith("<|im_start|>assistant\n<think>\n")
+    answer = parse(renderer, "3? No.\n</think>\n\nDone.<|im_end|>")
+    assert (answer.reasoning, answer.content) == ("3? No.", "Done.")
+
+    # Named, it is used, for there are tokenizers with a wrong template; but not without a word.
+    assert not caplog.records
+    assert create_chat_renderer(tokenizer, "qwen3").name == "qwen3"
+    assert "'qwen3' writes other prompts than the chat template" in caplog.text
+
+
 def test_where_the_next_role_ends_a_turn_another_stop_token_cannot(
     tokenizer_of: Callable[[str], PreTrainedTokenizerFast],
 ) -> None:

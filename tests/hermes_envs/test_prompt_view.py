@@ -81,7 +81,13 @@ def test_what_cannot_be_shortened_is_none() -> None:
     assert PromptView(short).shortened(lambda shown: size(shown) < size([*HEAD, *turn(1, "short")])) is None
 
 
-def test_messages_before_the_first_answer_stay_with_the_first_turns() -> None:
+def test_all_messages_before_the_first_answer_stay() -> None:
+    head: list[Message] = [*HEAD, {"role": "user", "content": "Begin with the tests."}]
+    messages = [*head, *(message for number in range(6) for message in turn(number))]
+    assert shortened(messages, size([*head, *turn(4), *turn(5)])) == [*head, *turn(4), *turn(5)]
+
+
+def test_a_later_question_goes_with_the_turn_that_it_follows() -> None:
     """A later question belongs to the turn that it follows: no assistant message may stand first without it."""
     asked: list[Message] = [*HEAD, {"role": "assistant", "content": "done"}, {"role": "user", "content": "And now?"}, *turn(1)]
     view = shortened([*asked, *turn(2)], size([*HEAD, *turn(1), *turn(2)]))

@@ -287,7 +287,10 @@ async def test_batches_that_were_made_but_not_given_out_come_again(tmp_path: Pat
                 examiner.examine(await trainer.batch())
 
 
-async def test_a_checkpoint_counts_on_what_its_trainer_had(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("interval", [0, 1])
+async def test_a_checkpoint_counts_on_what_its_trainer_had(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, interval: int
+) -> None:
     """Three batches are made at once: a trainer that goes on from the first step has had the last batch alone."""
     folder = tmp_path / "trainer"
     async with (
@@ -297,7 +300,7 @@ async def test_a_checkpoint_counts_on_what_its_trainer_had(tmp_path: Path, token
     ):
         options = {"total_steps": 3, "max_num_workers": 1, "ensure_scores_are_not_same": False}
         env = counting(tmp_path, api.address, engine, tokenizer, **options)
-        await trainer.register(batch_size=4, checkpoint_dir=str(folder), save_checkpoint_interval=1)
+        await trainer.register(batch_size=4, checkpoint_dir=str(folder), save_checkpoint_interval=interval)
         async with serving(env) as task:
             await trainer.queue_of(6)
             await trainer.batch()
@@ -305,6 +308,24 @@ async def test_a_checkpoint_counts_on_what_its_trainer_had(tmp_path: Path, token
     saved = [json.loads((folder / f"env_checkpoints/counting_0/step-{step}.json").read_text()) for step in (1, 2, 3)]
     assert [file["unfinished"] for file in saved] == [[0, 1, 2, 3], [0, 1], []]
     assert [file["position"] for file in saved] == [6, 6, 6]
+
+
+async def test_groups_that_are_dropped_again_and_again_are_told_of(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with (
+        RolloutApi(tmp_path / "api.log") as api,
+        ScriptedTrainer(api.address) as trainer,
+        Engine(tokenizer, "tinker", says(tokenizer, "ok<|im_end|>")) as engine,
+    ):
+        env = counting(tmp_path, api.address, engine, tokenizer, items=40)
+        await trainer.register(batch_size=4)
+        async with serving(env) as task:
+            await asyncio.wait_for(task, 30)
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "groups were dropped" in line] == [
+        f"counting: {dropped} groups were dropped and 0 served: {{'equal scores': {dropped}}}" for dropped in (16, 32)
+    ]
 
 
 async def test_another_batch_size_after_a_restart_is_used_if_groups_fill_it(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from atroposlib.envs.base import APIServerConfig
 from transformers import PreTrainedTokenizerFast
 
@@ -64,6 +65,27 @@ async def test_no_sandbox_is_started(tmp_path: Path) -> None:
         assert env.backend.get_stats().sandboxes == 0
         group = await env.collect_group(await env.get_next_item())
     assert group.scores == [1.0] * 50
+
+
+async def test_who_had_no_room_for_a_first_turn_is_not_judged() -> None:
+    """A limit that is set wrong would otherwise be a reward of 0 for everybody."""
+    error = {"message": "max_tokens is too large: 8192. This model's maximum context length is 4096 tokens."}
+    async with ChatServer(lambda _: web.json_response({"error": error}, status=400)) as chat:
+        env = environment(endpoint(chat), group_size=2)
+        async with env.running():
+            group = await env.collect_group(await env.get_next_item())
+    assert group.scores == []
+    assert all("no room for a first turn" in failure.reason for failure in group.failures)
+    assert len(group.failures) == 2
+
+
+async def test_a_place_that_is_none_is_refused() -> None:
+    async with (env := environment()).running():
+        env.restore_data_position([2, 5])
+        for position in ([0, 6], [0, -1], [-1, 0], [3], "05", None, [0, "1"]):
+            with pytest.raises(ConfigError, match=r"checkpoint_dir: .* is no place in 5 tasks"):
+                env.restore_data_position(position)  # type: ignore[arg-type]
+        assert env.data_position() == [2, 5]
 
 
 def calls(name: str) -> dict[str, Any]:
