@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 class BatchSource(RolloutApi):
     """Registers the trainer and gets batches, one after another.
 
-    `run-api` keeps everything in memory: one that restarts has forgotten the trainer, which is noticed and made good.
+    `run-api` keeps everything in memory: one that restarts has forgotten the trainer, which is noticed and made good, and so is
+    one that still counts the steps of a trainer from before.
     """
 
     def __init__(self, config: TrainingConfig, *, first_step: int, is_dry: Callable[[], bool]) -> None:
@@ -55,6 +56,10 @@ class BatchSource(RolloutApi):
             RolloutApiError: it is no run-api.
         """
         batch_size = await self._known_batch_size()
+        if batch_size == self._batch_size and not self._registered and (step := await self._known_step()) != self.step:
+            # It would go on from there, whatever a new registration says, and environments end at the last step by its count.
+            logger.warning("run-api at %s is at step %d, this trainer at %d; resetting it", self.url, step, self.step)
+            batch_size = await self._reset()
         if batch_size == UNREGISTERED:
             if self._registered:
                 logger.warning(
@@ -65,8 +70,7 @@ class BatchSource(RolloutApi):
             # It ignores whoever registers after data has come, and refuses batches from then on. Environments notice a reset
             # and send again what they have.
             logger.warning("run-api at %s had groups before it had a trainer, which spoils it; resetting it", self.url)
-            with suppress(RolloutApiError):  # Its answer is not JSON.
-                await self._ask("GET", "/reset_data")
+            await self._reset()
             batch_size = await self._register()
         if batch_size != self._batch_size:
             raise ConfigError(
@@ -84,7 +88,8 @@ class BatchSource(RolloutApi):
         while True:
             await self.register()
             is_dry = self._is_dry()
-            reply = await self._patiently(lambda: self._ask("GET", "/batch"))
+            # It has no longer what it has begun to send: a batch that is given up is lost.
+            reply = await self._patiently(lambda: self._ask("GET", "/batch", self._patience_s))
             if reply.get("batch"):
                 return list(reply["batch"])
             if is_dry:
@@ -95,6 +100,14 @@ class BatchSource(RolloutApi):
 
     async def _known_batch_size(self) -> int:
         return (await self._patiently(self.trainer_info)).batch_size
+
+    async def _known_step(self) -> int:
+        return int((await self._patiently(lambda: self._ask("GET", "/status")))["current_step"])
+
+    async def _reset(self) -> int:
+        with suppress(RolloutApiError):  # Its answer is not JSON.
+            await self._patiently(lambda: self._ask("GET", "/reset_data"))
+        return await self._known_batch_size()
 
     async def _register(self) -> int:
         await self._patiently(lambda: self._ask("POST", "/register", json=self._registration | {"starting_step": self.step}))

@@ -29,7 +29,7 @@ class Companions:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: list[Process] = []
-        self._watchers: list[asyncio.Task[None]] = []
+        self._watchers: dict[str, asyncio.Task[None]] = {}
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """How the first of them failed that did, in words."""
         self.finished: set[str] = set()
@@ -43,7 +43,7 @@ class Companions:
 
     async def stop(self) -> None:
         """End all of them, the last that was started first: it may need the others to end in order."""
-        for watcher in self._watchers:
+        for watcher in self._watchers.values():
             watcher.cancel()
         while self._processes:
             await _stop(self._processes.pop())
@@ -52,7 +52,8 @@ class Companions:
         """Start `python -m MODULE ARGUMENTS` under a name; one that `may_finish` has not failed if it ends with status 0."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{name}.log"
-        with path.open("wb") as log:
+        with path.open("ab") as log:
+            begin = log.tell()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "hermes_envs.train.child", str(os.getpid()), module, *arguments),
                 stdin=DEVNULL,
@@ -62,17 +63,28 @@ class Companions:
                 start_new_session=True,
             )
         self._processes.append(process)
-        self._watchers.append(asyncio.create_task(self._watch(name, process, path, may_finish)))
+        self._watchers[name] = asyncio.create_task(self._watch(name, process, path, begin, may_finish))
 
-    async def _watch(self, name: str, process: Process, log: Path, may_finish: bool) -> None:
+    async def ended(self, name: str) -> None:
+        """Wait until the process of that name has ended, well or not."""
+        await asyncio.wait({self._watchers[name]})
+
+    async def _watch(self, name: str, process: Process, log: Path, begin: int, may_finish: bool) -> None:
         status = await process.wait()
         if status == 0 and may_finish:
             self.finished.add(name)
             return
-        said = (await asyncio.to_thread(log.read_text, encoding="utf-8", errors="replace")).strip()[-_SHOWN_CHARS:]
+        said = await asyncio.to_thread(_end_of, log, begin)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         if not self.failure.done():
             self.failure.set_result(f"{name} {how}; the end of {log}:\n{said or 'nothing'}")
+
+
+def _end_of(log: Path, begin: int) -> str:
+    """The last of what was said from a byte on: before it stands what earlier runs said."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read().decode(errors="replace").strip()[-_SHOWN_CHARS:]
 
 
 async def start_run_api(companions: Companions, url: str) -> None:

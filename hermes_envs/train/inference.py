@@ -11,6 +11,7 @@ A parameter that the Tinker service cannot honour is refused by name, never igno
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -207,9 +208,10 @@ class InferenceServer:
     def _token_ids(self, name: str, given: list[Any]) -> list[int]:
         if not given:
             raise ProtocolError(f"field {name!r} has no token")
+        size = len(self._tokenizer)
         for token in given:
-            if type(token) is not int or not 0 <= token < len(self._tokenizer):
-                raise ProtocolError(f"field {name!r}: {token!r} is no token of the vocabulary of {len(self._tokenizer)}")
+            if type(token) is not int or not 0 <= token < size:
+                raise ProtocolError(f"field {name!r}: {token!r} is no token of the vocabulary of {size}")
         return given
 
     def _stop(self, stop: Stop, token_ids: list[Any] | None) -> list[int] | list[str] | None:
@@ -220,14 +222,18 @@ class InferenceServer:
         if not all(isinstance(text, str) and text for text in texts):
             raise ProtocolError("field 'stop' must be a text, or a list of texts or of token ids")
         if ids and texts:
-            vocabulary = self._tokenizer.get_vocab()
-            several = [text for text in texts if text not in vocabulary]
+            several = [text for text in texts if text not in self._vocabulary]
             if several:
                 raise ProtocolError(f"field 'stop': {several[0]!r} is not one token; Tinker takes no texts beside ids")
-            ids, texts = [*ids, *(vocabulary[text] for text in texts)], []
+            ids, texts = [*ids, *(self._vocabulary[text] for text in texts)], []
         if ids:
             return list(dict.fromkeys(self._token_ids("stop", ids)))
         return texts or None
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        """The tokenizer makes it anew each time, for some tens of milliseconds."""
+        return dict(self._tokenizer.get_vocab())
 
     def _text(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))

@@ -99,12 +99,13 @@ class TrainingConfig(BaseModel):
         Raises:
             ConfigError: it would ask somebody else.
         """
-        port = self.tinker.inference_port
+        host, port = self.tinker.inference_host, self.tinker.inference_port
+        own = {("http", name, port) for name in ("localhost", "127.0.0.1", host.lower())}
         for endpoint in self.openai:
-            if urlsplit(endpoint.base_url).port != port:
+            if _address(endpoint.base_url) not in own:
                 raise ConfigError(
-                    f"openai.base_url: {endpoint.base_url!r} is not this trainer, which listens at port {port} "
-                    "(tinker.inference_port)"
+                    f"openai.base_url: {endpoint.base_url!r} is not this trainer, which listens at {host}, port {port} "
+                    "(tinker.inference_host and inference_port)"
                 )
 
     @classmethod
@@ -129,7 +130,22 @@ class TrainingConfig(BaseModel):
                 f"config: {path}: env.batch_size: {config.env.batch_size} is no multiple of env.group_size "
                 f"{config.env.group_size}; run-api would never make a batch"
             )
+        if _address(config.env.rollout_server_url) is None:
+            raise ConfigError(
+                f"config: {path}: env.rollout_server_url: {config.env.rollout_server_url!r} is no URL; one is like "
+                "http://localhost:8000"
+            )
         return config
+
+
+def _address(url: str) -> tuple[str, str, int | None] | None:
+    """Scheme, host and port of an HTTP URL; None if it is none."""
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        return None
+    return (scheme, host, port) if scheme in ("http", "https") and host else None
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -30,6 +30,8 @@ from hermes_envs.train.trainer import Trainer, resume_from
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment"
+LAST_EVALUATION_S = 3600.0
+"""How long the environment may go on after the last step."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class EnvironmentCommand:
             found = None
         if found is None:
             raise ConfigError(f"--environment: there is no module {module}")
-        return cls(module, ("serve", "--config", str(config_path), *arguments))
+        # A file may name another policy, for `process`; a trainer can use the tokens of this one alone.
+        return cls(module, ("serve", "--config", str(config_path), "--env.policy", "tokens", *arguments))
 
 
 async def run(config: TrainingConfig, service: TinkerService, environment: EnvironmentCommand | None) -> bool:
@@ -82,13 +85,11 @@ async def run(config: TrainingConfig, service: TinkerService, environment: Envir
             training.cancel()
             await asyncio.wait({training})
         error = None if training.cancelled() else training.exception()
-        if error is None and not training.cancelled():
-            return True
         if companions.failure.done():
             raise TrainingError(companions.failure.result()) from error
         if error is not None:
             raise error
-        return False
+        return not training.cancelled()
 
 
 async def _train(
@@ -124,6 +125,18 @@ async def _train(
         # Before what they use is gone.
         stack.push_async_callback(companions.stop)
         await Trainer(config, source, model, metrics, len(tokenizer), server.published).run()
+        if environment is not None:
+            await _await_last_evaluation(companions)
+
+
+async def _await_last_evaluation(companions: Companions) -> None:
+    """The environment ends by itself after the last step, and after an evaluation that is due then, which needs the model."""
+    logger.info("all steps are done; waiting for the environment to end")
+    try:
+        async with asyncio.timeout(LAST_EVALUATION_S):
+            await companions.ended(ENVIRONMENT)
+    except TimeoutError:
+        logger.warning("the environment has not ended within %g s of the last step; ending it", LAST_EVALUATION_S)
 
 
 def _inference_options(config: TrainingConfig) -> ServiceOptions:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,8 +118,9 @@ class TinkerModel:
         with _blaming(self._sdk, TrainingError, "the training step"):
             # The optimiser goes only after the gradients are known to be there: it would run without them, too.
             result = await self._within(self._training.forward_backward(data, "importance_sampling"))
+            difference = _logprob_difference(sequences, result.loss_fn_outputs)
             await self._within(self._training.optim_step(adam))
-        return StepOutcome(result.metrics.get("loss:sum"), _logprob_difference(sequences, result.loss_fn_outputs))
+        return StepOutcome(result.metrics.get("loss:sum"), difference)
 
     async def publish(self) -> None:
         """From now on sample from the weights as they are; requests under way end with those that they began with.
@@ -158,20 +161,44 @@ async def tinker_model(config: TrainingConfig, service: TinkerService, state_pat
     client = sdk.ServiceClient(
         base_url=service.base_url, api_key=service.api_key.get_secret_value() if service.api_key else None
     )
-    outcome = "errored"
+    outcome, is_open = "errored", False
     try:
-        with _blaming(sdk, TrainingError, f"loading {state_path or config.base_model}"):
+        address = service.base_url or "its default address"
+        what = f"loading {state_path or config.base_model} from the service at {address} (TINKER_BASE_URL)"
+        with _blaming(sdk, TrainingError, what):
             async with asyncio.timeout(config.tinker.patience_s):
                 # The first request of a client opens its session, and blocks.
-                training = await (await asyncio.to_thread(_request_model, client, config, state_path))
+                request = await _apart(lambda: _request_model(client, config, state_path))
+                is_open = True
+                training = await request
         model = TinkerModel(sdk, client, training, config.tinker.patience_s)
         await model.publish()
         yield model
         outcome = "success"
     finally:
-        with suppress(sdk.TinkerError, TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await client.close(outcome)
+        # Until a session is open, the SDK holds a lock for which closing would wait, and the event loop with it.
+        if is_open:
+            with suppress(sdk.TinkerError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await client.close(outcome)
+
+
+async def _apart(call: Callable[[], Result]) -> Result:
+    """Make a blocking call in a thread that nobody has to wait for: neither whoever gives up, nor the program at its end."""
+    future: Future[Result] = Future()
+    # One that runs is not cancelled together with the coroutine that awaits it.
+    future.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            result = call()
+        except Exception as reason:  # noqa: BLE001 - it is raised where the call is awaited.
+            future.set_exception(reason)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=work, name="tinker", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 def _request_model(client: Any, config: TrainingConfig, state_path: str | None) -> Any:
@@ -224,9 +251,12 @@ def _completion(sequence: Any) -> Completion:
 
 
 def _logprob_difference(sequences: Sequence[TrainingSequence], outputs: Sequence[Any]) -> float:
+    trained = [output["logprobs"].tolist() for output in outputs if "logprobs" in output]
+    if [len(logprobs) for logprobs in trained] != [len(sequence.targets) for sequence in sequences]:
+        raise TrainingError("the training step: the Tinker service did not return a logprob of each token of each sequence")
     differences: list[float] = [
-        abs(trained[at] - sequence.logprobs[at])
-        for sequence, trained in zip(sequences, (output["logprobs"].tolist() for output in outputs), strict=True)
+        abs(logprobs[at] - sequence.logprobs[at])
+        for sequence, logprobs in zip(sequences, trained, strict=True)
         for at in sequence.trained
     ]
     return sum(differences) / len(differences)

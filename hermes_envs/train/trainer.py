@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backends.teardown import finish
-from hermes_envs.errors import ConfigError, TrainingError
+from hermes_envs.errors import ConfigError, HermesEnvsError, TrainingError
 from hermes_envs.train.batch import TrainingBatch, make_batch
 from hermes_envs.train.batch_source import BatchSource
 from hermes_envs.train.checkpoint import Checkpoint, checkpoint_name
@@ -66,9 +66,11 @@ class Trainer:
         self._vocabulary_size = vocabulary_size
         self._published = published
         self._saved_step = source.step
+        self._is_mid_step = False
+        """Whether the service's model may be in a state that nobody knows."""
 
     async def run(self) -> None:
-        """Train until `total_steps`, then save. A run that is cancelled saves what it has reached, too.
+        """Train until `total_steps`, then save. A run that ends before saves what it has reached, too, unless a step failed.
 
         Raises:
             TrainingError: a service failed; the step that was under way is not counted.
@@ -77,10 +79,13 @@ class Trainer:
         try:
             while self._source.step < self._config.env.total_steps:
                 await self._step()
-        except asyncio.CancelledError:
-            await finish(self._save_in_time())
+        except (asyncio.CancelledError, HermesEnvsError):
+            if self._is_mid_step:
+                logger.warning("step %d failed half-way; its weights are not saved", self._source.step)
+            else:
+                await finish(self._save_in_time())
             raise
-        await self._save()
+        await finish(self._save())
 
     async def _step(self) -> None:
         started = time.monotonic()
@@ -96,8 +101,10 @@ class Trainer:
             logger.warning("step %d: an item was refused: %s", self._source.step, reason)
         outcome = None
         if batch.sequences:
+            self._is_mid_step = True
             outcome = await self._model.train(batch.sequences, self._config.tinker.learning_rate)
             await self._model.publish()
+            self._is_mid_step = False
         else:
             logger.warning("step %d: nothing to learn from: no sequence has an advantage", self._source.step)
         self._metrics.write(self._source.step, _values(batch, outcome, waited_s, time.monotonic() - started))

@@ -110,6 +110,21 @@ def test_what_a_trainer_and_its_environment_must_agree_on(name: str) -> None:
     assert server["base_url"] == f"http://localhost:{training.tinker.inference_port}/v1"
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_there_is_a_slot_for_each_rollout_of_serve(name: str) -> None:
+    """Else rollouts wait for slots that others of their groups hold, and run into `acquire_timeout_s`."""
+    env = sections(name)["env"]
+    if "local_slots" in env:
+        config = environment_class(name).env_config_cls.model_validate(env)
+        workers = config.max_num_workers if config.max_num_workers > 0 else config.max_num_workers_per_node
+        assert workers * config.group_size <= config.local_slots
+
+
+@pytest.mark.parametrize("name", ["simple_qa", "smoke"])
+def test_tests_of_the_wiring_make_steps_even_if_nobody_fails(name: str) -> None:
+    assert environment_class(name).env_config_cls.model_validate(sections(name)["env"]).ensure_scores_are_not_same is False
+
+
 @pytest.mark.parametrize("name", ["smoke", "swe_smith_demo"])
 def test_files_for_a_first_try_need_no_model(name: str) -> None:
     assert sections(name)["env"]["policy"] == "oracle"

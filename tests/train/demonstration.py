@@ -19,7 +19,7 @@ from tests.support.rollout_api import free_port
 from tests.train.walker import TOOLSET, make_walker
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 50
+STEPS = 60
 COMPARED = 3
 """The rise is that of the mean reward of the last steps over that of the first: so many of each."""
 
@@ -57,7 +57,7 @@ def write_config(
             "batch_size": 16,
             "total_steps": STEPS,
             "max_batches_offpolicy": 1,
-            "max_num_workers": 2,
+            "max_num_workers": 1,
             "ensure_scores_are_not_same": False,
             "enabled_toolsets": TOOLSET,
             "agent_max_steps": 5,
@@ -76,7 +76,7 @@ def write_config(
             }
         ],
         "tinker": {
-            "learning_rate": 0.0015,
+            "learning_rate": 0.001,
             "checkpoint_dir": str(folder),
             "wandb_run_name": "run",
             "inference_port": inference_port,

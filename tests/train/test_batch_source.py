@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from hermes_envs.errors import ConfigError, TrainingError
 from hermes_envs.train.batch_source import BatchSource
@@ -74,6 +75,45 @@ async def test_an_api_with_data_from_before_the_trainer_is_made_to_work(run_api:
         await post(run_api.address, item(0.0, 1.0))
         async with asyncio.timeout(10):
             assert [group["scores"] for group in await batches.next_batch()] == [[0.0, 1.0]]
+
+
+async def test_an_api_at_another_step_begins_at_this_trainers(run_api: RolloutApi) -> None:
+    """It counts on by itself, and an environment ends at the last step of that count."""
+    async with source(run_api.address, first_step=4) as before:
+        await before.register()
+        await ask(run_api.address, "/batch")
+    async with source(run_api.address, first_step=2) as batches, asyncio.timeout(10):
+        await batches.register()
+        assert (await ask(run_api.address, "/status"))["current_step"] == 2
+        assert (await ask(run_api.address, "/batch"))["batch"] is None
+        # Batches that are made ahead change nothing: it is this trainer's own count from now on.
+        for _ in range(2):
+            await post(run_api.address, item(1.0, 0.0))
+        assert [len(await batches.next_batch()) for _ in range(2)] == [1, 1]
+    assert (await ask(run_api.address, "/status"))["current_step"] == 4
+
+
+@pytest.mark.parametrize(("delay_s", "patience_s"), [(60.0, 0.5), (1.0, 5.0)])
+async def test_a_batch_may_take_as_long_as_the_patience_goes(delay_s: float, patience_s: float) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/batch":
+            await asyncio.sleep(delay_s)
+        return web.json_response({"batch_size": 2, "max_token_len": 9, "current_step": 0, "batch": [item(1.0, 0.0)]})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
+        async with source(f"http://127.0.0.1:{port}", patience_s=patience_s) as batches, asyncio.timeout(10):
+            if delay_s < patience_s:
+                assert len(await batches.next_batch()) == 1
+            else:
+                with pytest.raises(TrainingError, match=r"has not answered for 0.5 s"):
+                    await batches.next_batch()
+    finally:
+        await runner.cleanup()
 
 
 async def test_another_trainers_batch_size_is_an_error_and_leaves_its_batches_alone(run_api: RolloutApi) -> None:

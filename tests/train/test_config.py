@@ -62,6 +62,11 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
         (SECTIONS | {"tinker": ["lora_rank"]}, "tinker is not a mapping"),
         (SECTIONS | {"env": {"group_size": 4, "batch_size": 8, "total_steps": 3}}, "env.tokenizer_name"),
         (SECTIONS | {"env": SECTIONS["env"] | {"batch_size": 10}}, "env.batch_size: 10 is no multiple of env.group_size 4"),
+        (
+            SECTIONS | {"env": SECTIONS["env"] | {"rollout_server_url": "localhost:8000"}},
+            "env.rollout_server_url: 'localhost:8000'",
+        ),
+        (SECTIONS | {"env": SECTIONS["env"] | {"rollout_server_url": "http://localhost:80a0"}}, "env.rollout_server_url"),
         ("env: [", "is not YAML"),
         ("text", "the file is not a mapping"),
     ],
@@ -77,6 +82,20 @@ def test_an_environment_that_would_ask_somebody_else_is_an_error(tmp_path: Path)
     load(tmp_path, SECTIONS).check_endpoints()
     with pytest.raises(ConfigError, match=r"openai.base_url: 'http://localhost:8001/v1' is not this trainer, .* port 9000"):
         load(tmp_path, SECTIONS, tinker={"inference_port": 9000}).check_endpoints()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:80a1/v1", "http://gpu7:8001/v1", "https://localhost:8001/v1", "localhost:8001", ""]
+)
+def test_an_endpoint_that_is_no_address_of_this_trainer_is_an_error(tmp_path: Path, url: str) -> None:
+    sections = SECTIONS | {"openai": [{"base_url": url}]}
+    with pytest.raises(ConfigError, match=r"openai.base_url: .* is not this trainer"):
+        load(tmp_path, sections).check_endpoints()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8001/v1", "http://localhost:8001", "http://GPU7:8001/v1"])
+def test_each_name_of_this_trainer_is_good(tmp_path: Path, url: str) -> None:
+    load(tmp_path, SECTIONS | {"openai": [{"base_url": url}]}, tinker={"inference_host": "gpu7"}).check_endpoints()
 
 
 async def test_others_may_not_ask_without_a_key(tmp_path: Path) -> None:
@@ -99,4 +118,4 @@ def test_an_environment_that_there_is_not(name: str) -> None:
 def test_an_environment_of_the_package_goes_by_its_name() -> None:
     command = EnvironmentCommand.of("smoke", Path("some.yaml"), ("--env.total_steps", "3"))
     assert command.module == "hermes_envs.smoke"
-    assert command.arguments == ("serve", "--config", "some.yaml", "--env.total_steps", "3")
+    assert command.arguments == ("serve", "--config", "some.yaml", "--env.policy", "tokens", "--env.total_steps", "3")

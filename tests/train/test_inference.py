@@ -85,6 +85,32 @@ async def test_truncation_is_told_from_an_end(served: Served) -> None:
     assert ends == {"stop", "length"}
 
 
+async def test_the_vocabulary_is_looked_up_once(walker: Path) -> None:
+    """For a large one that takes longer than the rest of a request, and others wait meanwhile."""
+    from tests.train.models import model_of_a_service
+
+    class Counting(PreTrainedTokenizerFast):
+        lookups = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            type(self).lookups += 1
+            return super().get_vocab()
+
+    tokenizer = Counting.from_pretrained(walker)
+    server = InferenceServer("walker", tokenizer, lambda: create_chat_renderer(tokenizer, "llama-3"), ServiceOptions())
+    async with server.service.listening() as port, model_of_a_service(walker) as (model, service):
+        server.use(model)
+        served = Served(server, f"http://127.0.0.1:{port}", tokenizer, service.__aexit__)
+        counts = []
+        for _ in range(3):
+            parameters = {"max_new_tokens": 2, "stop": ["<|eot_id|>"], "stop_token_ids": [5]}
+            status, _ = await served.post("/generate", {"input_ids": [1, 2], "sampling_params": parameters})
+            assert status == 200
+            counts.append(Counting.lookups)
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 3
+
+
 async def test_the_environments_engine_can_use_it(served: Served) -> None:
     config = APIServerConfig(
         server_type="sglang",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,11 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
+from hermes_envs.train.companions import Companions
 from hermes_envs.train.metrics import FILE, read_metrics
+from tests.support.rollout_api import RolloutApi
 from tests.train.demonstration import tinker_service, trainer, write_config
+from tests.train.walk import EVALUATED
 
 pytest.importorskip("torch")
 pytest.importorskip("tinker")
+
+from tests.train.models import service_that_hangs
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -82,6 +88,42 @@ async def test_an_environment_that_fails_ends_the_run_with_its_reason(tmp_path: 
     assert "error: environment ended with status 1" in said
     assert "unknown key env.nonsense" in said
     assert processes_of(config) == []
+
+
+async def test_a_run_ends_with_the_evaluation_that_its_last_step_is_due(tmp_path: Path, walker: Path, service: str) -> None:
+    """And a file that names a policy for `process` is as good as another."""
+    env = {"policy": "oracle", "total_steps": 1, "steps_per_eval": 1, "data_dir_to_save_evals": str(tmp_path / "evaluations")}
+    config = write_config(tmp_path, walker, env)
+    status, said = await run("--config", str(config), "--environment", "tests.train.walk", base_url=service)
+    assert status == 0, said
+    [line] = (tmp_path / "evaluations" / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
+    assert json.loads(line)["metrics"]["items"] == EVALUATED
+    assert processes_of(config) == []
+
+
+async def test_a_stop_is_heard_while_the_service_hangs(tmp_path: Path, walker: Path, run_api: RolloutApi) -> None:
+    config = write_config(tmp_path, walker, {"rollout_server_url": run_api.address})
+    async with (
+        service_that_hangs() as (address, asked),
+        trainer("--config", str(config), base_url=address) as process,
+        asyncio.timeout(60),
+    ):
+        await asked.wait()
+        process.terminate()
+        async with asyncio.timeout(10):
+            _, said = await process.communicate()
+    assert (process.returncode, said.decode().splitlines()[-1]) == (1, f"interrupted: {tmp_path / 'run'}")
+
+
+async def test_what_earlier_runs_said_stays_and_is_not_said_again(tmp_path: Path) -> None:
+    for said in ("first", "second"):
+        async with Companions(tmp_path) as companions, asyncio.timeout(30):
+            await companions.start("module", f"no_{said}_module", ())
+            await companions.ended("module")
+            assert f"no_{said}_module" in companions.failure.result()
+    assert "no_first_module" not in companions.failure.result()
+    assert all(f"no_{said}_module" in (tmp_path / "module.log").read_text() for said in ("first", "second"))
 
 
 async def test_a_stop_saves_and_a_second_run_goes_on_and_not_even_a_kill_leaves_anything(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hermes_envs.errors import ConfigError, TrainingError
+from hermes_envs.train.batch import make_batch
 from hermes_envs.train.batch_source import BatchSource
 from hermes_envs.train.checkpoint import Checkpoint
 from hermes_envs.train.metrics import FILE, Metrics, read_metrics
+from hermes_envs.train.options import TinkerService as TinkerAddress
 from hermes_envs.train.options import TrainingConfig
 from hermes_envs.train.tinker_model import SamplingRequest, TinkerModel, tinker_model
 from hermes_envs.train.trainer import Trainer, resume_from
@@ -25,7 +30,7 @@ pytest.importorskip("torch")
 pytest.importorskip("tinker")
 
 from tests.tinker_service.service import TinkerService
-from tests.train.models import address_of, config_for, new_service
+from tests.train.models import ScriptedTraining, address_of, config_for, new_service, service_that_hangs
 
 VOCABULARY = 260
 
@@ -153,6 +158,92 @@ async def test_a_service_that_fails_ends_the_run_and_not_as_complete(
     assert resume_from(config) is None
 
 
+async def test_a_run_that_gets_no_more_batches_saves_what_it_has(
+    walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
+) -> None:
+    config = config_of(walker, run_api, tmp_path, patience_s=3.0)
+    async with trainer(config, service) as (run, _, published), asyncio.timeout(60):
+        running = asyncio.create_task(run.run())
+        await post(run_api.address, item(1.0, 0.0))
+        while not published:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await run_api.stop()
+        with pytest.raises(TrainingError, match="run-api has not answered for 3 s"):
+            await running
+    checkpoint = resume_from(config)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+
+
+async def logprobs_of_all() -> list[Any]:
+    """What a service answers to a batch of `item(1.0, 0.0)`."""
+    return [{"logprobs": SimpleNamespace(tolist=lambda: [-0.5] * 4)}] * 2
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_run_that_is_stopped_in_a_step_saves_it_only_if_it_succeeds(
+    walker: Path, run_api: RolloutApi, tmp_path: Path, fails: bool
+) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def late() -> list[Any]:
+        began.set()
+        await go_on.wait()
+        if fails:
+            raise ValueError("the service has forgotten the request")
+        return await logprobs_of_all()
+
+    training = ScriptedTraining(logprobs_of_all, late)
+    config = config_of(walker, run_api, tmp_path)
+    model = TinkerModel(importlib.import_module("tinker"), None, training, 60.0)
+    async with (
+        BatchSource(config, first_step=0, is_dry=lambda: False) as source,
+        Metrics(config, 0) as metrics,
+        asyncio.timeout(30),
+    ):
+        await source.register()
+        running = asyncio.create_task(Trainer(config, source, model, metrics, VOCABULARY, lambda step: None).run())
+        await post(run_api.address, item(1.0, 0.0))
+        await post(run_api.address, item(1.0, 0.0))
+        await began.wait()
+        running.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    first, second = ["forward_backward", "optim_step"], ["forward_backward"]
+    assert training.requests == first + (second if fails else [*first, "save step-00000002"])
+
+
+@pytest.mark.parametrize(
+    "outputs", [[], [{"logprobs": SimpleNamespace(tolist=lambda: [-0.5] * 4)}], [{"loss": 1}, {"loss": 2}]]
+)
+async def test_a_service_that_returns_no_logprobs_is_an_error_before_the_step_is_taken(outputs: list[Any]) -> None:
+    async def reply() -> list[Any]:
+        return outputs
+
+    training = ScriptedTraining(reply)
+    model = TinkerModel(importlib.import_module("tinker"), None, training, 5.0)
+    with pytest.raises(TrainingError, match=r"the training step: .* did not return a logprob of each token"):
+        await model.train(make_batch([item(1.0, 0.0)], 100, 10).sequences, 0.1)
+    assert training.requests == ["forward_backward"]
+
+
+async def test_a_service_that_hangs_is_given_up(walker: Path) -> None:
+    """The SDK waits for minutes where it opens its session, in a thread that cannot be ended."""
+    started = asyncio.get_running_loop().time()
+    async with service_that_hangs() as (address, asked):
+        with pytest.raises(
+            TrainingError, match=rf"loading {walker} from the service at {address} \(TINKER_BASE_URL\): .* in time"
+        ):
+            async with tinker_model(
+                config_for(walker, patience_s=1.0), TinkerAddress(base_url=address, api_key="tml-none"), None
+            ):
+                pass
+        assert asked.is_set()
+    assert asyncio.get_running_loop().time() - started < 5
+
+
 async def test_a_service_that_is_not_there_is_said_at_once(walker: Path, tmp_path: Path, service: TinkerService) -> None:
     await service.__aexit__(None, None, None)
     async with asyncio.timeout(10):
@@ -181,3 +272,13 @@ def test_a_file_that_is_no_checkpoint_is_named(walker: Path, tmp_path: Path) -> 
     (config.tinker.run_folder / "step-00000001.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"step-00000001.json is no checkpoint"):
         resume_from(config)
+
+
+async def test_a_row_of_metrics_that_a_kill_cut_off_is_left_out(walker: Path, tmp_path: Path) -> None:
+    config = config_for(walker, checkpoint_dir=str(tmp_path), wandb_run_name="run")
+    path = config.tinker.run_folder / FILE
+    path.parent.mkdir()
+    path.write_text('{"step": 0, "reward": 0.5}\n{"step": 1, "rew')
+    async with Metrics(config, 1) as metrics:
+        metrics.write(1, {"reward": 0.25})
+    assert read_metrics(path) == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 0.25}]

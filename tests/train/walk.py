@@ -6,16 +6,18 @@ python -m tests.train.walk serve --config FILE
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.evaluation import EvaluationOptions, evaluate
 from hermes_envs.trajectory import Score, Trajectory
 from hermes_envs.workspace import Workspace
 
 DIRECTIONS = ("north", "east", "south", "west")
 CORRIDOR = ("0 0", "0 1", "1 1", "1 2", "2 2")
 """The fields that can be walked on, `x y`: north and east by turns. At the end of it is the flag."""
+EVALUATED = 4
 PROMPT = "Walk along the corridor to the flag."
 
 SCRIPT = f"""\
@@ -75,6 +77,11 @@ class WalkEnv(AgentEnv):
         walked = CORRIDOR.index(position) / way
         steps = min(trajectory.tool_counts.executed_ok, way) / way
         return Score((walked + steps) / 2, f"{trajectory.tool_counts.executed_ok} steps, at {position}")
+
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Walk a few more times."""
+        items = [await self.get_next_item() for _ in range(EVALUATED)]
+        await evaluate(self, items, EvaluationOptions(eval_group_size=self.config.group_size, num_eval_tasks=EVALUATED))
 
 
 if __name__ == "__main__":
