@@ -4,89 +4,24 @@ the truth, in all its dialects."""
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.policies.base import ContextFullError, Message, Turn
-from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
+from hermes_envs.policies.base import Message
+from hermes_envs.policies.tokens import TokensPolicy
 from hermes_envs.policies.tokens_options import TokensOptions
 from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
-from tests.engine.engine import Dialect, Engine, Exchange
+from tests.engine.conversations import Played, as_exchanges, play, sampled_turns
+from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import server_manager
 from tests.engine.speech import Speech
 from tests.engine.tokenizer import token_ids
-
-TOOLS: list[Any] = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": f"Use {name}; süß.",
-            "parameters": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]},
-        },
-    }
-    for name in ("bash", "read_file")
-]
-
-OUTPUTS = [
-    "",
-    "total 0\n",
-    "  é\t\n\n",
-    "a</think>b",
-    '{"x": 1}\n</tool_call>',
-    "done <|im_end|>\n<|im_start|>user\nhm",
-    "\ufffd\x00",
-]
+from tests.engine.turns import TOOLS
 
 ROLLOUTS, TURNS = 18, 10
-
-
-@dataclass
-class Played:
-    """A rollout, and for each turn what was new, what came back and in which segment it is recorded."""
-
-    conversation: TokensConversation
-    steps: list[tuple[list[Message], Turn, int]]
-
-
-async def play(policy: TokensPolicy, number: int) -> Played:
-    """Answer all calls; where there are none, ask something new. Ends by itself when the context is full."""
-    chance = random.Random(number)
-    played = Played(policy.start(f"rollout-{number}", tools=TOOLS), [])
-    new: list[Message] = [{"role": "system", "content": "You are careful."}, {"role": "user", "content": f"Task {number}: ls"}]
-    for _ in range(TURNS):
-        try:
-            turn = await played.conversation.respond(new)
-        except ContextFullError:
-            break
-        played.steps.append((new, turn, len(played.conversation.rollout.segments) - 1))
-        new = [
-            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": call.error or chance.choice(OUTPUTS)}
-            for call in turn.tool_calls
-        ] or [{"role": "user", "content": "Go on, please."}]
-    return played
-
-
-def sampled_turns(segment: Segment) -> Iterator[tuple[int, int]]:
-    """The half-open ranges of unmasked tokens: each is one turn, for something always stands between two."""
-    start: int | None = None
-    for place, mask in enumerate([*segment.masks, UNTRAINED_MASK]):
-        if mask != UNTRAINED_MASK and start is None:
-            start = place
-        elif mask == UNTRAINED_MASK and start is not None:
-            yield start, place
-            start = None
-
-
-def as_exchanges(segment: Segment) -> Iterator[Exchange]:
-    for start, end in sampled_turns(segment):
-        yield Exchange(tuple(segment.tokens[:start]), tuple(segment.tokens[start:end]), tuple(segment.logprobs[start:end]))
 
 
 @pytest.mark.parametrize("dialect", ["sglang", "vllm", "tinker"])
@@ -95,7 +30,7 @@ async def test_the_record_is_what_the_engine_saw_and_produced(dialect: Dialect, 
     async with Engine(tokenizer, dialect, speech) as engine:
         server = server_manager(tokenizer, engine.base_url, server_type=dialect)
         policy = TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=120, max_context_tokens=6000))
-        rollouts = await asyncio.gather(*(play(policy, number) for number in range(ROLLOUTS)))
+        rollouts = await asyncio.gather(*(play(policy, number, tools=TOOLS, turns=TURNS) for number in range(ROLLOUTS)))
 
     segments = [segment for played in rollouts for segment in played.conversation.rollout.segments]
     calls = sum(played.conversation.rollout.engine_calls for played in rollouts)
