@@ -59,7 +59,7 @@ def page() -> str:
         parts.append(f"## {title}\n\n| option | default | |\n|---|---|---|\n" + "".join(map(row, fields, fields.values())))
     parts.append(
         "## From atroposlib\n\n| option | default | |\n|---|---|---|\n"
-        + "".join(row(name, field) for name, field in BaseEnvConfig.model_fields.items())
+        + "".join(row(name, AgentEnvConfig.model_fields[name]) for name in BaseEnvConfig.model_fields)
     )
     return "\n".join(parts)
 
