@@ -5,17 +5,18 @@ python -m hermes_envs.gsm8k_agent process --config configs/gsm8k_agent.yaml --en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError, DatasetError
 from hermes_envs.evaluation import EvaluationOptions, evaluate
 from hermes_envs.maths.answer_checker import AnswerChecker
 from hermes_envs.maths.problem import BUNDLED, Problem, split_problems
+from hermes_envs.ordered_env import OrderedEnv
 from hermes_envs.policies.base import Reference
 from hermes_envs.task_order import TaskOrder
 from hermes_envs.task_set import TaskSet
@@ -49,7 +50,7 @@ class Gsm8kAgentConfig(AgentEnvConfig, EvaluationOptions):
     agent_max_steps: int = Field(8, ge=1, description="Most turns of the model in one trajectory.")
 
 
-class Gsm8kAgentEnv(AgentEnv):
+class Gsm8kAgentEnv(OrderedEnv):
     """Grade-school maths with a Python tool; rewarded by the number in the last box of the final response."""
 
     name = "gsm8k_agent"
@@ -72,7 +73,7 @@ class Gsm8kAgentEnv(AgentEnv):
         problems = await self._read_problems()
         training, self._held_out = split_problems(problems, self.config.eval_split_ratio, self.config.eval_split_seed)
         seed = self.config.seed if self.config.shuffle else None
-        self._order = TaskOrder(training, seed=seed, most=self.config.max_items)
+        self.order = TaskOrder(training, seed=seed, most=self.config.max_items)
         if "python" in self.executor.tools:
             await self._require_python()
 
@@ -102,22 +103,6 @@ class Gsm8kAgentEnv(AgentEnv):
             result = await self.executor.run(Workspace(self.backend, slot), _python("look", "print(6 * 7)"))
         if result.output.strip() != "42":
             raise ConfigError(f"enabled_toolsets: the tool python does not work in the sandbox: {explain(result)}")
-
-    async def get_next_item(self) -> Problem | None:
-        """The next problem that is not held out; `process` takes each once, a trainer gets them over and over."""
-        return self._order.next(once=self.process_mode)
-
-    def number_of_items(self) -> int:
-        """All problems that are not held out, or `max_items` of them."""
-        return len(self._order)
-
-    def data_position(self) -> Sequence[int]:
-        """Where it is in its problems."""
-        return self._order.position
-
-    def restore_data_position(self, position: Sequence[int]) -> None:
-        """Go on there."""
-        self._order.restore_position(position)
 
     def item_name(self, item: Problem) -> str:
         """The row it is from."""

@@ -5,15 +5,15 @@ python -m hermes_envs.simple_qa process --env.policy oracle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
 from hermes_envs.evaluation import EvaluationOptions, evaluate
+from hermes_envs.ordered_env import OrderedEnv
 from hermes_envs.task_order import TaskOrder
 from hermes_envs.variables import Names
 
@@ -44,7 +44,7 @@ class SimpleQaConfig(AgentEnvConfig, EvaluationOptions):
     enabled_toolsets: Names = Field([], description="None: there is no sandbox to run tools in.")
 
 
-class SimpleQaEnv(AgentEnv):
+class SimpleQaEnv(OrderedEnv):
     """Five questions; rewarded if the final response contains the answer, in whatever case."""
 
     name = "simple_qa"
@@ -60,23 +60,7 @@ class SimpleQaEnv(AgentEnv):
         """
         if self.executor.tools:
             raise ConfigError("enabled_toolsets: simple_qa has no sandbox to run tools in; leave it empty")
-        self._order = TaskOrder(QUESTIONS, seed=None)
-
-    async def get_next_item(self) -> Question | None:
-        """The next question; `process` takes each once, a trainer gets them over and over."""
-        return self._order.next(once=self.process_mode)
-
-    def number_of_items(self) -> int:
-        """Five."""
-        return len(self._order)
-
-    def data_position(self) -> Sequence[int]:
-        """Where it is in its questions."""
-        return self._order.position
-
-    def restore_data_position(self, position: Sequence[int]) -> None:
-        """Go on there."""
-        self._order.restore_position(position)
+        self.order = TaskOrder(QUESTIONS, seed=None)
 
     def item_name(self, item: Question) -> str:
         """Its number."""

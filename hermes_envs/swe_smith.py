@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask
 from hermes_envs.errors import DatasetError, EnvironmentBuildError
 from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch, list_files
 from hermes_envs.grading.protection import Protection
 from hermes_envs.grading.test_run import run_tests
+from hermes_envs.ordered_env import OrderedEnv
 from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
 from hermes_envs.repository import RepositoryCache
 from hermes_envs.task_order import TaskOrder
@@ -133,7 +133,7 @@ class Environments:
     grading: PythonEnvironment
 
 
-class SweSmithEnv(AgentEnv):
+class SweSmithEnv(OrderedEnv):
     """Repair repositories; rewarded by tests in a clean workspace."""
 
     name = "swe_smith"
@@ -150,7 +150,7 @@ class SweSmithEnv(AgentEnv):
         task_set = await TaskSet.load(self.config.dataset_name, self.config.dataset_split, cache)
         tasks = self._read_rows(task_set.rows)
         seed = self.config.seed if self.config.shuffle else None
-        self._order = TaskOrder(tasks, seed=seed, most=self.config.max_items)
+        self.order = TaskOrder(tasks, seed=seed, most=self.config.max_items)
         self._wheels = tuple(sorted((task_set.folder / "wheels").glob("*.whl"))) if task_set.folder else ()
         self._repositories = RepositoryCache(
             cache / "repositories", self._repository_url(task_set.folder), self.config.install_timeout_s
@@ -179,22 +179,6 @@ class SweSmithEnv(AgentEnv):
         if folder is not None and (folder / "repositories").is_dir():
             return (folder / "repositories").resolve().as_uri()
         return "https://github.com"
-
-    async def get_next_item(self) -> SweTask | None:
-        """The next task; `process` takes each once, a trainer gets them over and over in a new order."""
-        return self._order.next(once=self.process_mode)
-
-    def data_position(self) -> Sequence[int]:
-        """Where it is in its tasks."""
-        return self._order.position
-
-    def restore_data_position(self, position: Sequence[int]) -> None:
-        """Go on there."""
-        self._order.restore_position(position)
-
-    def number_of_items(self) -> int:
-        """All tasks, or `max_items` of them."""
-        return len(self._order)
 
     def item_name(self, item: SweTask) -> str:
         """The instance id."""
