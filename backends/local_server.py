@@ -19,8 +19,8 @@ from backends.client import SlotServerClient
 from backends.codec import shown
 from backends.errors import BackendConfigError, SandboxUnavailableError
 from backends.teardown import finish
-from sandbox_image.datadir import DataDir
 from sandbox_image.protocol import VERSION
+from sandbox_image.storage.datadir import DataDir
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0

@@ -31,7 +31,7 @@ Start = Layer | Snapshot | None
 
 
 @dataclass(eq=False)
-class _Place:
+class _PooledSlot:
     """A slot of a sandbox. Without `lease` its workspace is not fresh: it has to be reset before somebody gets it."""
 
     sandbox: Sandbox
@@ -47,10 +47,10 @@ class _Place:
 class _Waiter:
     """Somebody who waits for a slot: for any, or for one of a sandbox."""
 
-    place: asyncio.Future[_Place]
+    place: asyncio.Future[_PooledSlot]
     sandbox_id: str | None = None
 
-    def takes(self, place: _Place) -> bool:
+    def takes(self, place: _PooledSlot) -> bool:
         return not self.place.done() and self.sandbox_id in (None, place.sandbox.sandbox_id)
 
 
@@ -70,8 +70,8 @@ class SlotPool:
         self._network = network
         self._on_demand = on_demand
         self._sandboxes: dict[str, Sandbox] = {}
-        self._free: deque[_Place] = deque()
-        self._lent: dict[tuple[str, str], tuple[Slot, _Place]] = {}
+        self._free: deque[_PooledSlot] = deque()
+        self._lent: dict[tuple[str, str], tuple[Slot, _PooledSlot]] = {}
         self._waiters: list[_Waiter] = []
         self._resets: set[asyncio.Task[None]] = set()
         self._last_failure: SandboxError | None = None
@@ -101,7 +101,7 @@ class SlotPool:
         """Take in the slots of a sandbox; each is reset before somebody gets it."""
         self._sandboxes[sandbox.sandbox_id] = sandbox
         for slot_id in sandbox.slot_ids:
-            self._recycle(_Place(sandbox, slot_id))
+            self._recycle(_PooledSlot(sandbox, slot_id))
 
     def remove(self, sandbox: Sandbox, error: SandboxError) -> None:
         """Forget a sandbox that died: its slots are lost, and calls in them end with `error` at once."""
@@ -185,7 +185,7 @@ class SlotPool:
             raise SlotLostError(f"{slot.slot_id} of {slot.sandbox_id} does not belong to {slot.trajectory_id} any more")
         return lent[1].sandbox
 
-    async def _take(self, start: Start, deadline: float) -> _Place:
+    async def _take(self, start: Start, deadline: float) -> _PooledSlot:
         if self._closed:
             raise SandboxUnavailableError("the backend was stopped")
         place = self._pick(start)
@@ -209,7 +209,7 @@ class SlotPool:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    def _pick(self, start: Start) -> _Place | None:
+    def _pick(self, start: Start) -> _PooledSlot | None:
         """A free slot: of the sandbox that has the snapshot, or rather one of a sandbox that has the layer."""
         place = next((place for place in self._free if _has(place.sandbox, start)), None)
         if isinstance(start, Snapshot):
@@ -221,7 +221,7 @@ class SlotPool:
             self._free.remove(place)
         return place
 
-    def _expire(self, waiter: asyncio.Future[_Place]) -> None:
+    def _expire(self, waiter: asyncio.Future[_PooledSlot]) -> None:
         if not waiter.done():
             waiter.set_exception(self._timed_out())
 
@@ -231,7 +231,7 @@ class SlotPool:
             f"none of {self.slots} slots became free within acquire_timeout_s={self._acquire_timeout_s:g}{reason}"
         )
 
-    def _offer(self, place: _Place) -> None:
+    def _offer(self, place: _PooledSlot) -> None:
         """A slot is free: it goes to whoever has waited longest."""
         if place.sandbox.sandbox_id not in self._sandboxes:
             return
@@ -242,13 +242,13 @@ class SlotPool:
             return
         self._free.append(place)
 
-    def _recycle(self, place: _Place) -> None:
+    def _recycle(self, place: _PooledSlot) -> None:
         if place.sandbox.sandbox_id in self._sandboxes:
             task = asyncio.create_task(self._reset_until_free(place))
             self._resets.add(task)
             task.add_done_callback(self._resets.discard)
 
-    async def _reset_until_free(self, place: _Place) -> None:
+    async def _reset_until_free(self, place: _PooledSlot) -> None:
         pause, longest = RESET_BACKOFF_S
         while place.sandbox.sandbox_id in self._sandboxes:
             try:

@@ -16,8 +16,8 @@ from backends.dispatch import Dispatcher
 from backends.errors import SandboxUnavailableError
 from backends.pool import SlotPool
 from backends.sandbox import Sandbox
-from sandbox_image.defences import REMEDIES
-from sandbox_image.network import Destination
+from sandbox_image.box.defences import REMEDIES
+from sandbox_image.box.network import Destination
 from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,

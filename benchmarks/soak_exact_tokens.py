@@ -30,9 +30,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hermes_envs.errors import HermesEnvsError
+from hermes_envs.policies.base import TokensOptions
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rendering import create_chat_renderer
+from hermes_envs.rendering.choice import create_chat_renderer
 from tests.engine.conversations import OUTPUTS, Played, check_against_template, check_record, play
 from tests.engine.engine import Dialect, Engine
 from tests.engine.families import FAMILIES, Family

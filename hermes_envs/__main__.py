@@ -10,7 +10,7 @@ import sys
 from rich.console import Console
 
 from hermes_envs.doctor import examine
-from sandbox_image.defences import REMEDIES
+from sandbox_image.box.defences import REMEDIES
 
 
 def main() -> int:

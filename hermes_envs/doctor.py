@@ -15,7 +15,7 @@ from rich.table import Table
 
 from backends.errors import SandboxError
 from backends.local_server import LocalServer
-from sandbox_image.defences import BASICS, REMEDIES
+from sandbox_image.box.defences import BASICS, REMEDIES
 from sandbox_image.protocol import Health
 
 _INSTALL = "install it (Debian, Ubuntu: apt-get install {})"

@@ -22,9 +22,6 @@ from backends import BackendOptions, create_tool_backend
 from backends.base import Layer, ToolBackend
 from backends.errors import SandboxError
 from backends.no_sandbox import NoSandbox
-from hermes_envs import command_line
-from hermes_envs.agent import Agent, AgentOptions
-from hermes_envs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
 from hermes_envs.errors import (
     ConfigError,
     EngineError,
@@ -33,19 +30,24 @@ from hermes_envs.errors import (
     NothingCollectedError,
     ToolServerError,
 )
-from hermes_envs.group import Group, InfrastructureFailure
-from hermes_envs.html_report import write_html_report
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import Message, Policy, Reference
 from hermes_envs.policies.token_servers import exact_server_class
-from hermes_envs.process import GroupQueue, Reporter, Summary
-from hermes_envs.serving import Serving
+from hermes_envs.rollouts.agent import Agent, AgentOptions
+from hermes_envs.rollouts.group import Group, InfrastructureFailure
+from hermes_envs.rollouts.trajectory import Score, Stopwatch, Trajectory
+from hermes_envs.runs import command_line
+from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
+from hermes_envs.runs.group_queue import GroupQueue
+from hermes_envs.runs.html_report import write_html_report
+from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.services.variables import Names
+from hermes_envs.serving.serving import Serving
+from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.external import ExternalTool
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
 from hermes_envs.tools.toolsets import Toolsets
-from hermes_envs.trajectory import Score, Stopwatch, Trajectory
-from hermes_envs.variables import Names
 from hermes_envs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -386,3 +388,25 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         data = await self.postprocess_histories(group.items())
         await self.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
         await self.wandb_log()
+
+
+class OrderedEnv(AgentEnv):
+    """Takes its items from `order`, which `setup_agent_env` makes, and can go on at a place in it."""
+
+    order: TaskOrder[Any]
+
+    async def get_next_item(self) -> Any:
+        """The next task; `process` takes each once, a trainer gets them over and over in a new order."""
+        return self.order.next(once=self.process_mode)
+
+    def number_of_items(self) -> int:
+        """All tasks that are in the order."""
+        return len(self.order)
+
+    def data_position(self) -> Sequence[int]:
+        """Where it is in its tasks."""
+        return self.order.position
+
+    def restore_data_position(self, position: Sequence[int]) -> None:
+        """Go on there. Raises: ConfigError: there is no such place."""
+        self.order.restore_position(position)

@@ -11,18 +11,17 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError, DatasetError
-from hermes_envs.evaluation import EvaluationOptions, evaluate
 from hermes_envs.maths.answer_checker import AnswerChecker
 from hermes_envs.maths.problem import BUNDLED, Problem, split_problems
-from hermes_envs.ordered_env import OrderedEnv
 from hermes_envs.policies.base import Reference
-from hermes_envs.task_order import TaskOrder
-from hermes_envs.task_set import TaskSet
+from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
+from hermes_envs.services.variables import Names
+from hermes_envs.tasks.task_order import TaskOrder
+from hermes_envs.tasks.task_set import TaskSet
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.trajectory import Score, Trajectory
-from hermes_envs.variables import Names
 from hermes_envs.workspace import Workspace, explain
 
 SYSTEM_PROMPT = r"""You solve maths problems. Use the tool `python` for calculations: it runs a script and returns what that

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError
-from hermes_envs.evaluation import EvaluationOptions, evaluate
-from hermes_envs.ordered_env import OrderedEnv
-from hermes_envs.task_order import TaskOrder
-from hermes_envs.variables import Names
+from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
+from hermes_envs.services.variables import Names
+from hermes_envs.tasks.task_order import TaskOrder
 
 SYSTEM_PROMPT = "Answer in one short sentence."
 

@@ -13,18 +13,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hermes_envs.env import AgentEnvConfig, AgentTask
+from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import DatasetError, EnvironmentBuildError
 from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch, list_files
 from hermes_envs.grading.protection import Protection
 from hermes_envs.grading.test_run import run_tests
-from hermes_envs.ordered_env import OrderedEnv
-from hermes_envs.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
-from hermes_envs.repository import RepositoryCache
-from hermes_envs.task_order import TaskOrder
-from hermes_envs.task_set import Row, TaskSet, missing_columns
+from hermes_envs.repositories.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
+from hermes_envs.repositories.repository import RepositoryCache
+from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.tasks.task_order import TaskOrder
+from hermes_envs.tasks.task_set import Row, TaskSet, missing_columns
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.trajectory import Score, Trajectory
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import WORKSPACE
 

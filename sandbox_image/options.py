@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from sandbox_image.blueprint import Isolation
-from sandbox_image.defences import BASICS, REMEDIES
+from sandbox_image.box.blueprint import Isolation
+from sandbox_image.box.defences import BASICS, REMEDIES
+from sandbox_image.box.network import Destination
 from sandbox_image.errors import StartupError
-from sandbox_image.network import Destination
 from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES
-from sandbox_image.storage import StorageOptions
+from sandbox_image.storage.storage import StorageOptions
 
 LEAST_MEMORY_BYTES = 64 * 1024**2
 LEAST_PROCESSES = 16

@@ -29,15 +29,14 @@ from typing import Any
 
 from aiohttp import web
 
-from sandbox_image import artifacts, openapi
-from sandbox_image.blueprint import Blueprint, Place
-from sandbox_image.boxes import Boxes
-from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy
-from sandbox_image.datadir import DataDir
-from sandbox_image.defences import BUBBLEWRAP_REMEDY, DISK, check_required
+from sandbox_image import openapi
+from sandbox_image.box.blueprint import Blueprint, SlotDirectory
+from sandbox_image.box.boxes import Boxes
+from sandbox_image.box.defences import BUBBLEWRAP_REMEDY, DISK, check_required
+from sandbox_image.box.network import NetworkPolicy
 from sandbox_image.errors import BoxError, MissingDefenceError, RequestError, SlotServerError, StartupError
 from sandbox_image.executions import ExecutionLog
-from sandbox_image.network import NetworkPolicy
+from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, Hierarchy
 from sandbox_image.options import Options
 from sandbox_image.protocol import (
     MAX_BATCH_ITEMS,
@@ -58,8 +57,10 @@ from sandbox_image.protocol import (
     ProtocolError,
     ResetRequest,
 )
-from sandbox_image.slots import TOOLS, Slot, check_call
-from sandbox_image.storage import Storage
+from sandbox_image.slots import TOOLS, HostedSlot, check_call
+from sandbox_image.storage.datadir import DataDir
+from sandbox_image.storage.storage import Storage
+from sandbox_image.tools import artifacts
 
 MAX_EXECUTION_ID_CHARACTERS = 1024
 # Each call that is under way has a connection of its own, and a unix socket refuses those that its queue does not hold.
@@ -75,7 +76,7 @@ class SlotServer:
     """Routes, who may use them, and what a request must look like."""
 
     def __init__(
-        self, slots: dict[str, Slot], storage: Storage, blueprint: Blueprint, data_dir: Path, token: str | None
+        self, slots: dict[str, HostedSlot], storage: Storage, blueprint: Blueprint, data_dir: Path, token: str | None
     ) -> None:
         self._slots = slots
         self._storage = storage
@@ -131,7 +132,7 @@ class SlotServer:
         if not hmac.compare_digest(given, self._authorization):
             raise RequestError(ErrorKind.UNAUTHORIZED, "the header 'Authorization: Bearer TOKEN' is missing or wrong")
 
-    def _slot(self, slot_id: str) -> Slot:
+    def _slot(self, slot_id: str) -> HostedSlot:
         slot = self._slots.get(slot_id)
         if slot is None:
             raise RequestError(ErrorKind.NOT_FOUND, f"no slot {slot_id!r}; there are slot_0 to slot_{len(self._slots) - 1}")
@@ -283,14 +284,18 @@ def _failed(error: RequestError) -> web.Response:
 
 
 async def _serve(
-    options: Options, data_dir: DataDir, blueprint: Blueprint, places: list[tuple[Place, Place]], storage: Storage
+    options: Options,
+    data_dir: DataDir,
+    blueprint: Blueprint,
+    places: list[tuple[SlotDirectory, SlotDirectory]],
+    storage: Storage,
 ) -> None:
     stop = _stop_event(options)
     starts = asyncio.Semaphore(os.cpu_count() or 1)
     # Without isolation, what still runs could reach the next workspace.
     ahead = storage.mounts and blueprint.isolation != "none"
     slots = {
-        f"slot_{index}": Slot(f"slot_{index}", Boxes(blueprint, pair, starts, ahead=ahead), blueprint, storage)
+        f"slot_{index}": HostedSlot(f"slot_{index}", Boxes(blueprint, pair, starts, ahead=ahead), blueprint, storage)
         for index, pair in enumerate(places)
     }
     server = SlotServer(slots, storage, blueprint, data_dir.path, options.token)
@@ -335,7 +340,7 @@ def _stop_event(options: Options) -> asyncio.Event:
     return stop
 
 
-async def _start_all(slots: Iterable[Slot]) -> None:
+async def _start_all(slots: Iterable[HostedSlot]) -> None:
     endings = await asyncio.gather(*(slot.start() for slot in slots), return_exceptions=True)
     for ending in endings:
         if isinstance(ending, MissingDefenceError):

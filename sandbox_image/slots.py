@@ -7,14 +7,11 @@ import secrets
 from collections.abc import Callable
 from typing import TypeVar
 
-from sandbox_image.artifacts import contain
-from sandbox_image.blueprint import Blueprint
-from sandbox_image.box import Box
-from sandbox_image.boxes import Boxes
-from sandbox_image.defences import Defence
+from sandbox_image.box.blueprint import Blueprint
+from sandbox_image.box.box import Box
+from sandbox_image.box.boxes import Boxes
+from sandbox_image.box.defences import Defence
 from sandbox_image.errors import BoxError, RequestError, SlotServerError, ToolError
-from sandbox_image.files import ReadFileArguments, WriteFileArguments, read_file, write_file
-from sandbox_image.layers import Layer
 from sandbox_image.protocol import (
     DEFAULT_TIMEOUT_S,
     ArtifactArchive,
@@ -29,13 +26,16 @@ from sandbox_image.protocol import (
     ProtocolError,
     SlotState,
 )
-from sandbox_image.shell import BashArguments, bash
-from sandbox_image.stateful import BashStatefulArguments
-from sandbox_image.storage import Storage, Workspace
-from sandbox_image.terminals import TerminalArguments, Terminals
-from sandbox_image.tmux import TmuxArguments
-from sandbox_image.trees import TreeCopyError
-from sandbox_image.workspace import WorkspaceFiles
+from sandbox_image.storage.layers import FrozenLayer
+from sandbox_image.storage.paths import WorkspaceFiles
+from sandbox_image.storage.storage import MountedWorkspace, Storage
+from sandbox_image.storage.trees import TreeCopyError
+from sandbox_image.tools.artifacts import contain
+from sandbox_image.tools.files import ReadFileArguments, WriteFileArguments, read_file, write_file
+from sandbox_image.tools.shell import BashArguments, bash
+from sandbox_image.tools.stateful import BashStatefulArguments
+from sandbox_image.tools.terminals import TerminalArguments, Terminals
+from sandbox_image.tools.tmux import TmuxArguments
 
 Arguments = BashArguments | TerminalArguments | ReadFileArguments | WriteFileArguments
 
@@ -69,7 +69,7 @@ def check_call(request: ExecuteRequest) -> Arguments:
     return arguments
 
 
-class Slot:
+class HostedSlot:
     """One workspace at a time, calls in it one after the other."""
 
     def __init__(self, slot_id: str, boxes: Boxes, blueprint: Blueprint, storage: Storage) -> None:
@@ -83,11 +83,11 @@ class Slot:
         self._trouble = "it has not started"
         self._turn = asyncio.Lock()
         self._resets = asyncio.Lock()
-        self._workspace: Workspace | None = None
+        self._workspace: MountedWorkspace | None = None
         # What it froze last: nobody else may have had the time to use it.
-        self._frozen: Layer | None = None
+        self._frozen: FrozenLayer | None = None
         # Those of boxes that are on their way out.
-        self._past: list[Workspace] = []
+        self._past: list[MountedWorkspace] = []
         self._network = False
         self._usual_network = False
         self._closing = False
@@ -255,13 +255,13 @@ class Slot:
         before, self._memory_kills = self._memory_kills, self._boxes.place.group.kills()
         return self._memory_kills != before
 
-    async def _renew_or_fail(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
+    async def _renew_or_fail(self, layer: FrozenLayer | None, *, network: bool, for_layer: bool) -> None:
         try:
             await self._renew(layer, network=network, for_layer=for_layer)
         except (SlotServerError, OSError) as error:
             raise self._failure(str(error)) from error
 
-    async def _renew(self, layer: Layer | None, *, network: bool, for_layer: bool) -> None:
+    async def _renew(self, layer: FrozenLayer | None, *, network: bool, for_layer: bool) -> None:
         self._trouble = "it is being reset"
         unused = layer
         try:
@@ -293,7 +293,7 @@ class Slot:
         if self._closing:
             await self._boxes.close()
 
-    async def _make(self, layer: Layer | None, for_layer: bool) -> None:
+    async def _make(self, layer: FrozenLayer | None, for_layer: bool) -> None:
         self._workspace = await self._storage.make(self._boxes.place, layer, for_layer=for_layer)
         self._files = WorkspaceFiles(self._boxes.place)
 
@@ -330,7 +330,7 @@ class Slot:
             raise self._failure(box.verdict)
         return box
 
-    def _require_workspace(self) -> Workspace:
+    def _require_workspace(self) -> MountedWorkspace:
         if self._workspace is None:
             raise self._failure(self._trouble)
         return self._workspace

@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from hermes_envs.demo.recording import record_tests
 from hermes_envs.errors import HermesEnvsError
-from hermes_envs.task_building.demo_tests import record_tests
 
 
 def main() -> int:

@@ -13,11 +13,11 @@ from pydantic.fields import FieldInfo
 
 from backends import BackendOptions
 from backends.pooled import PoolOptions
-from hermes_envs.agent import AgentOptions
 from hermes_envs.env import AgentEnvConfig
-from hermes_envs.evaluation import EvaluationOptions
 from hermes_envs.gsm8k_agent import Gsm8kAgentConfig
 from hermes_envs.policies import PolicyOptions
+from hermes_envs.rollouts.agent import AgentOptions
+from hermes_envs.runs.evaluation import EvaluationOptions
 from hermes_envs.simple_qa import SimpleQaConfig
 from hermes_envs.smoke import SmokeConfig
 from hermes_envs.swe_smith import SweSmithConfig

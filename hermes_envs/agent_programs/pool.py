@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from backends import BackendOptions, create_tool_backend
 from backends.base import ToolBackend
 from backends.errors import SandboxUnavailableError
-from hermes_envs.trajectory_slots import TrajectorySlots
+from hermes_envs.services.trajectory_slots import TrajectorySlots
 from sandbox_image.protocol import ExecutionResult
 
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ from backends import BackendOptions
 from hermes_envs.agent_programs.pool import TerminalPool
 from hermes_envs.agent_programs.terminal import Terminal
 from hermes_envs.errors import ConfigError
-from hermes_envs.variables import read_options
+from hermes_envs.services.variables import read_options
 
 _EVERY_BACKEND = {
     "TERMINAL_ACQUIRE_TIMEOUT_S": "acquire_timeout_s",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from backends.errors import ArtifactError
 from hermes_envs.grading.protection import Change, Protection
-from hermes_envs.python_environment import REPOSITORY, clone_command
-from hermes_envs.repository import Snapshot
+from hermes_envs.repositories.python_environment import REPOSITORY, clone_command
+from hermes_envs.repositories.repository import RepositorySnapshot
 from hermes_envs.workspace import Workspace, explain
 from sandbox_image.protocol import WORKSPACE
 
@@ -32,7 +32,7 @@ class AppliedPatch:
     left_out: dict[str, str]
 
 
-async def capture_patch(workspace: Workspace, snapshot: Snapshot) -> bytes:
+async def capture_patch(workspace: Workspace, snapshot: RepositorySnapshot) -> bytes:
     """The difference between the snapshot and the agent's tree, as a binary git diff; empty if there is none.
 
     The agent's own `.git` takes no part: the tree is compared with a repository made anew from the host's copy.

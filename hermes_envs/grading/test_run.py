@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from backends.errors import ArtifactError
-from hermes_envs.python_environment import PYTHON, REPOSITORY
+from hermes_envs.repositories.python_environment import PYTHON, REPOSITORY
 from hermes_envs.workspace import Workspace, explain
 from sandbox_image.protocol import WORKSPACE
 

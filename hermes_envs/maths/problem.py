@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_envs.errors import DatasetError
-from hermes_envs.task_set import Row, missing_columns
+from hermes_envs.tasks.task_set import Row, missing_columns
 
 BUNDLED = Path(__file__).parent / "problems.jsonl"
 """Problems that ship with the package, each with a Python expression that gives the answer."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from hermes_envs.policies.base import Policy
+from hermes_envs.policies.base import Policy, TokensOptions
 from hermes_envs.policies.nop import NopPolicy
 from hermes_envs.policies.oracle import OraclePolicy
-from hermes_envs.policies.tokens_options import TokensOptions
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.rollout import Rollout
+from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolCall
 
 Message = dict[str, Any]
@@ -30,6 +30,17 @@ class SamplingOptions(BaseModel):
     agent_temperature: float = Field(default=0.7, ge=0, description="Sampling temperature of the agent's turns.")
     agent_max_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens in one turn; none: as many as there is room for."
+    )
+
+
+class TokensOptions(SamplingOptions):
+    """How exact rollouts are rendered and how long they may get."""
+
+    max_context_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of prompt and answer together; none: agent_max_tokens limits each turn."
+    )
+    renderer: str = Field(
+        default="auto", description="The model family's renderer, e.g. qwen3; auto: by the tokenizer's name or chat template."
     )
 
 
@@ -65,7 +76,7 @@ class Turn:
 class Conversation(ABC):
     """One trajectory's exchange with a policy. `rollout` holds the exact tokens if the policy has any."""
 
-    rollout: Rollout
+    rollout: TokenRecord
 
     @abstractmethod
     async def respond(self, new_messages: Sequence[Message]) -> Turn:

@@ -20,7 +20,7 @@ from hermes_envs.policies.base import (
     assistant_message,
 )
 from hermes_envs.policies.chat_endpoint import ChatEndpoint
-from hermes_envs.rollout import Rollout
+from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolCall
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class MessagesConversation(Conversation):
     """One trajectory's messages. A failed `respond` leaves it as it was, so that the same messages may be tried again."""
 
     def __init__(self, trajectory_id: str, tools: Sequence[dict[str, Any]], policy: MessagesPolicy) -> None:
-        self.rollout = Rollout(trajectory_id)
+        self.rollout = TokenRecord(trajectory_id)
         self._tools = list(tools)
         self._policy = policy
         self._history: list[Message] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hermes_envs.policies.base import Conversation, Message, Policy, Reference, Turn, assistant_message
-from hermes_envs.rollout import Rollout
+from hermes_envs.policies.token_record import TokenRecord
 
 FINAL_MESSAGE = "Nothing was done."
 
@@ -24,7 +24,7 @@ class NopConversation(Conversation):
     """One message without calls."""
 
     def __init__(self, trajectory_id: str) -> None:
-        self.rollout = Rollout(trajectory_id)
+        self.rollout = TokenRecord(trajectory_id)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
         """As `Conversation.respond`; raises nothing."""

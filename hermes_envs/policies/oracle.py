@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.policies.base import Conversation, Message, Policy, Reference, Turn, assistant_message
-from hermes_envs.rollout import Rollout
+from hermes_envs.policies.token_record import TokenRecord
 
 FINAL_MESSAGE = "The reference solution has been applied."
 
@@ -32,7 +32,7 @@ class OracleConversation(Conversation):
     """One call a turn, whatever the tools answer, then the reference's text or one of our own."""
 
     def __init__(self, trajectory_id: str, reference: Reference) -> None:
-        self.rollout = Rollout(trajectory_id)
+        self.rollout = TokenRecord(trajectory_id)
         self._moves = iter(reference)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:

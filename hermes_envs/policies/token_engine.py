@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tenacity import RetryError
 
 from hermes_envs.errors import EngineError, InexactRolloutError
+from hermes_envs.policies.token_record import check_logprobs
 from hermes_envs.policies.token_servers import Completions, exact_server_class
-from hermes_envs.rendering import ChatRenderer
-from hermes_envs.rollout import check_logprobs
+from hermes_envs.rendering.chat_renderer import ChatRenderer
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_manager import ServerManager

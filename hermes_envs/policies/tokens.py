@@ -17,15 +17,16 @@ from hermes_envs.policies.base import (
     Message,
     Policy,
     Reference,
+    TokensOptions,
     Turn,
     assistant_message,
 )
 from hermes_envs.policies.prompt_view import PromptView
 from hermes_envs.policies.token_engine import Sample, TokenEngine
 from hermes_envs.policies.token_limits import TokenLimits
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rendering import ChatRenderer, ParsedAnswer, create_chat_renderer
-from hermes_envs.rollout import Rollout, Segment
+from hermes_envs.policies.token_record import Segment, TokenRecord
+from hermes_envs.rendering.chat_renderer import ChatRenderer, ParsedAnswer
+from hermes_envs.rendering.choice import create_chat_renderer
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_manager import ServerManager
@@ -71,7 +72,7 @@ class TokensConversation(Conversation):
         renderer: ChatRenderer,
         limits: TokenLimits,
     ) -> None:
-        self.rollout = Rollout(trajectory_id)
+        self.rollout = TokenRecord(trajectory_id)
         self._tools = list(tools)
         self._engine = engine
         self._renderer = renderer

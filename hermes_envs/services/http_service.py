@@ -30,7 +30,7 @@ from backends.errors import (
 )
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.services.options import ServiceOptions
-from hermes_envs.trajectory_slots import UnknownTrajectoryError
+from hermes_envs.services.trajectory_slots import UnknownTrajectoryError
 from sandbox_image.protocol import ExecutionResult, ProtocolError, Wire
 
 _STOPPING_S = 1.0

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.variables import read_options
+from hermes_envs.services.variables import read_options
 
 
 class ServiceOptions(BaseModel):

@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 from hermes_envs.errors import TaskBuildError
-from hermes_envs.python_environment import pack_test_tools
+from hermes_envs.repositories.python_environment import pack_test_tools
 from hermes_envs.task_building.box import Box, BoxResult
 from hermes_envs.task_building.source_distribution import write_members
 

@@ -12,7 +12,7 @@ import jsonschema
 
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import MAX_OUTPUT_BYTES, MAX_TIMEOUT_S
-from sandbox_image.tmux import MAX_HEIGHT, MAX_WIDTH
+from sandbox_image.tools.tmux import MAX_HEIGHT, MAX_WIDTH
 
 SandboxCall = tuple[str, dict[str, Any]]
 """A tool of the slot server and its arguments."""

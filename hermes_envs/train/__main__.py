@@ -22,8 +22,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hermes_envs.command_line import CONFIG_VARIABLE, config_file
 from hermes_envs.errors import ConfigError, HermesEnvsError
+from hermes_envs.runs.command_line import CONFIG_VARIABLE, config_file
 from hermes_envs.train.options import TinkerService, TrainingConfig
 from hermes_envs.train.run import EnvironmentCommand, run
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hermes_envs.errors import EngineError
-from hermes_envs.rollout import UNTRAINED_MASK, Segment
+from hermes_envs.policies.token_record import UNTRAINED_MASK, Segment
 
 
 @dataclass(frozen=True)

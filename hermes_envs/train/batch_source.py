@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from hermes_envs.errors import ConfigError, TrainingError
-from hermes_envs.rollout_api import UNREGISTERED, RolloutApi, RolloutApiAwayError, RolloutApiError
+from hermes_envs.serving.rollout_api import UNREGISTERED, RolloutApi, RolloutApiAwayError, RolloutApiError
 from hermes_envs.train.options import TrainingConfig
 
 POLL_S = 0.25

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from hermes_envs.errors import ConfigError, EngineError
 from hermes_envs.policies.base import assistant_message
-from hermes_envs.rendering import UNSUITABLE, ChatRenderer
+from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
 from hermes_envs.services.http_service import HttpService, RefusalError, Route
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.train.tinker_model import Completion, RefusedSampleError, SamplingRequest, TinkerModel

@@ -39,7 +39,7 @@ class Metrics:
         self._file.flush()
         if self._config.env.use_wandb:
             # Imported when asked for: it takes a second, as does what comes with it.
-            from hermes_envs.atropos import start_wandb
+            from hermes_envs.runs.atropos import start_wandb
 
             tinker = self._config.tinker
             values = self._config.model_dump(mode="json", include={"env", "tinker"})

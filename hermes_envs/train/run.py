@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from hermes_envs.errors import ConfigError, TrainingError
-from hermes_envs.rendering import create_chat_renderer
+from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.http_service import stop_signal
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.train.batch_source import BatchSource

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.chat_template import with_short_ids
 from hermes_envs.policies.base import ContextFullError, Message, Turn
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
 from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
-from hermes_envs.rendering import ChatRenderer
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
+from hermes_envs.rendering.chat_renderer import ChatRenderer
+from hermes_envs.rendering.chat_template import with_short_ids
 from tests.engine.engine import Engine, Exchange
 from tests.engine.families import Family
 from tests.engine.tokenizer import token_ids

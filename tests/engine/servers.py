@@ -8,9 +8,9 @@ from atroposlib.envs.server_handling.server_baseline import APIServer, APIServer
 from atroposlib.envs.server_handling.server_manager import ServerManager
 from transformers import PreTrainedTokenizerFast
 
+from hermes_envs.policies.base import TokensOptions
 from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
 from tests.engine.engine import Engine
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hermes_envs.errors import ConfigError, EngineError
-from hermes_envs.rendering import UNSUITABLE, ChatRenderer
+from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
 
 TOOLS: list[dict[str, Any]] = [
     {

@@ -10,9 +10,9 @@ import pytest_asyncio
 from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentTask
+from hermes_envs.rollouts.trajectory import Score
 from hermes_envs.swe_smith import SweSmithConfig, SweSmithEnv, SweTask
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.trajectory import Score
 from tests.grading.cheats import CHEATS, Cheat
 from tests.support.small_task import BUGGY, write_task_folder
 

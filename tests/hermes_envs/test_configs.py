@@ -13,7 +13,7 @@ from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentEnv
 from hermes_envs.errors import ConfigError
-from hermes_envs.serving import check_options
+from hermes_envs.serving.serving import check_options
 from hermes_envs.train.options import TrainingConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hermes_envs.demo import DemoBug, bugs, materialise
+from hermes_envs.demo.recording import observe_tests
 from hermes_envs.errors import TaskBuildError
-from hermes_envs.task_building.demo_tests import observe_tests
 from hermes_envs.task_building.task_folder import read_rows, repository_path
 
 BUGS = bugs()

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import ConfigError, EngineError
-from hermes_envs.rendering import ChatRenderer, ParsedAnswer, create_chat_renderer
+from hermes_envs.rendering.chat_renderer import ChatRenderer, ParsedAnswer
+from hermes_envs.rendering.choice import create_chat_renderer
 from tests.engine.families import CHATML, FAMILIES, LLAMA, TEMPLATES, Family
 from tests.engine.tokenizer import TEXT, byte_tokens, make_tokenizer, token_ids
 from tests.engine.turns import QUESTION, TOOLS, call

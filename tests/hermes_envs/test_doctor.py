@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_image.defences import BASICS, REMEDIES
+from sandbox_image.box.defences import BASICS, REMEDIES
 from tests.sandbox_image.running import as_other_user, environment, open_directory
 
 CONTROL_GROUPS = {"memory_limit", "process_count_limit", "processor_shares"}

@@ -15,12 +15,12 @@ from aiohttp import web
 from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.errors import ConfigError, NothingCollectedError
-from hermes_envs.evaluation import Evaluation, evaluate, pass_at_k
-from hermes_envs.group import Group, InfrastructureFailure
 from hermes_envs.gsm8k_agent import Gsm8kAgentEnv
-from hermes_envs.rollout import Rollout
+from hermes_envs.policies.token_record import TokenRecord
+from hermes_envs.rollouts.group import Group, InfrastructureFailure
+from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.runs.evaluation import Evaluation, evaluate, pass_at_k
 from hermes_envs.simple_qa import QUESTIONS, SimpleQaConfig, SimpleQaEnv
-from hermes_envs.trajectory import Score, Stopwatch, ToolCounts, Trajectory
 from tests.engine.chat import Answer, ChatServer, completion
 from tests.hermes_envs.test_gsm8k_agent import environment as gsm8k_environment
 
@@ -35,7 +35,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_rollouts_that_have_a_solved_
 
 def group(*scores: float, failures: int = 0) -> Group:
     trajectories = [
-        Trajectory(f"t-{number}", [], Rollout(f"t-{number}"), "stop", 1, ToolCounts(), Stopwatch(), Score(score, ""))
+        Trajectory(f"t-{number}", [], TokenRecord(f"t-{number}"), "stop", 1, ToolCounts(), Stopwatch(), Score(score, ""))
         for number, score in enumerate(scores)
     ]
     lost = [InfrastructureFailure(f"f-{number}", "gone", 1) for number in range(failures)]

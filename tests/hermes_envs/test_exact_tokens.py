@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.policies.base import Message
+from hermes_envs.policies.base import Message, TokensOptions
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
 from tests.engine.conversations import Played, as_exchanges, play, sampled_turns
 from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import server_manager

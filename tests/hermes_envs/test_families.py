@@ -14,9 +14,10 @@ import pytest
 from renderers.base import MODEL_RENDERER_MAP
 from transformers import PreTrainedTokenizerFast
 
+from hermes_envs.policies.base import TokensOptions
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rendering import FAULTY_BRIDGES, RENDERER_NAMES, ChatRenderer, create_chat_renderer
+from hermes_envs.rendering.chat_renderer import ChatRenderer
+from hermes_envs.rendering.choice import FAULTY_BRIDGES, RENDERER_NAMES, create_chat_renderer
 from tests.engine.conversations import OUTPUTS, Played, check_against_template, check_record, for_template, play, sampled_turns
 from tests.engine.engine import Dialect, Engine
 from tests.engine.families import FAMILIES, Family

@@ -6,9 +6,9 @@ from itertools import count
 
 import pytest
 
-from hermes_envs.group import FILLER_TOKENS, Group
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Rollout, Segment
-from hermes_envs.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment, TokenRecord
+from hermes_envs.rollouts.group import FILLER_TOKENS, Group
+from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
 
 _TOKENS = count(1000)
 
@@ -21,7 +21,7 @@ def segment() -> Segment:
 
 
 def trajectory(name: str, score: float, segments: int) -> Trajectory:
-    rollout = Rollout(name, [segment() for _ in range(segments)], engine_calls=segments)
+    rollout = TokenRecord(name, [segment() for _ in range(segments)], engine_calls=segments)
     messages = [{"role": "user", "content": name}, {"role": "assistant", "content": None}]
     return Trajectory(name, messages, rollout, "stop", 1, ToolCounts(), Stopwatch(), Score(score, "it is"))
 

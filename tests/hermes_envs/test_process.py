@@ -8,14 +8,15 @@ import pytest
 from rich.console import Console
 
 from hermes_envs.errors import NothingCollectedError
-from hermes_envs.group import Group, InfrastructureFailure
-from hermes_envs.process import GroupQueue, Reporter, Summary
-from hermes_envs.rollout import Rollout
-from hermes_envs.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.policies.token_record import TokenRecord
+from hermes_envs.rollouts.group import Group, InfrastructureFailure
+from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.runs.group_queue import GroupQueue
+from hermes_envs.runs.summary import Reporter, Summary
 
 
 def trajectory(score: float = 1.0) -> Trajectory:
-    return Trajectory("t", [], Rollout("t"), "stop", 1, ToolCounts(attempted=2), Stopwatch(), Score(score, "because"))
+    return Trajectory("t", [], TokenRecord("t"), "stop", 1, ToolCounts(attempted=2), Stopwatch(), Score(score, "because"))
 
 
 def collected(name: str, *scores: float) -> Group:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hermes_envs.errors import EnvironmentBuildError
-from hermes_envs.repository import RepositoryCache
+from hermes_envs.repositories.repository import RepositoryCache
 from tests.support.small_task import git, write_task_folder
 
 

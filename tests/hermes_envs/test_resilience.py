@@ -21,9 +21,10 @@ from atroposlib.envs.base import APIServerConfig
 from rich.console import Console
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.process import GroupQueue, Reporter
+from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.runs.group_queue import GroupQueue
+from hermes_envs.runs.summary import Reporter
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.trajectory import Score, Trajectory
 from hermes_envs.workspace import Workspace
 from tests.support.processes import below, mentioning
 from tests.support.small_task import write_task_folder

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hermes_envs.errors import InexactRolloutError
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK, Rollout, Segment
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment, TokenRecord
 
 
 def two_turns() -> Segment:
@@ -89,7 +89,7 @@ def test_check_finds_each_spoiled_entry(field: str, index: int, value: float, co
     {"tokens": segment.tokens, "masks": segment.masks, "logprobs": segment.logprobs}[field][index] = value  # type: ignore[index]
 
     with pytest.raises(InexactRolloutError, match=complaint):
-        Rollout("r", [two_turns(), segment]).check()
+        TokenRecord("r", [two_turns(), segment]).check()
 
 
 def test_check_finds_lost_tokens() -> None:

@@ -9,7 +9,7 @@ import pytest
 from atroposlib.envs.base import APIServerConfig
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK
 from tests.engine.engine import Engine
 from tests.hermes_envs.test_swe_smith import environment, repairs
 from tests.support.rollout_api import RolloutApi, ScriptedTrainer

@@ -15,9 +15,9 @@ from atroposlib.envs.base import APIServerConfig
 from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK
-from hermes_envs.rollout_api import RolloutApiError
-from hermes_envs.serving import Serving
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK
+from hermes_envs.serving.rollout_api import RolloutApiError
+from hermes_envs.serving.serving import Serving
 from tests.engine.engine import Engine, Exchange
 from tests.engine.speech import says
 from tests.support.counting_env import CountingConfig, CountingEnv, score_of

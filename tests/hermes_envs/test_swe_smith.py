@@ -13,9 +13,9 @@ from atroposlib.envs.base import APIServerConfig
 from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import NothingCollectedError
-from hermes_envs.rollout import UNTRAINED_LOGPROB, UNTRAINED_MASK
+from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK
+from hermes_envs.rollouts.trajectory import Trajectory
 from hermes_envs.swe_smith import SweSmithConfig, SweSmithEnv
-from hermes_envs.trajectory import Trajectory
 from tests.engine.chat import ChatServer, completion
 from tests.engine.engine import Dialect, Engine
 from tests.support.small_task import FILES, SOLUTION, git, write_task_folder

@@ -11,9 +11,9 @@ from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
-from hermes_envs.screen import AsciinemaStreamDecoder
+from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.screen.decoder import AsciinemaStreamDecoder
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.trajectory import Score, Trajectory
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import RECORDING_PATH
 

@@ -13,11 +13,11 @@ from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import EngineError
+from hermes_envs.policies.base import TokensOptions
 from hermes_envs.policies.token_engine import TokenEngine
+from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rendering import create_chat_renderer
-from hermes_envs.rollout import Rollout
+from hermes_envs.rendering.choice import create_chat_renderer
 from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, server_manager
 from tests.engine.speech import says
@@ -90,7 +90,7 @@ async def test_an_answer_that_cannot_be_training_data_is_refused(
         with pytest.raises(EngineError, match=complaint):
             await conversation.respond(QUESTION)
 
-    assert conversation.rollout == Rollout("t")
+    assert conversation.rollout == TokenRecord("t")
 
 
 async def test_vllm_without_logprobs_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -179,7 +179,7 @@ async def test_what_an_engine_says_of_its_answer_must_agree_with_it(
         with pytest.raises(EngineError, match=complaint):
             await conversation.respond(QUESTION)
 
-    assert conversation.rollout == Rollout("t")
+    assert conversation.rollout == TokenRecord("t")
 
 
 async def test_a_repeated_token_at_the_beginning_reaches_the_engine(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.errors import ConfigError, EngineError
 from hermes_envs.policies import PolicyOptions, create_policy
-from hermes_envs.policies.base import ContextFullError, Turn
+from hermes_envs.policies.base import ContextFullError, TokensOptions, Turn
+from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rollout import Rollout
 from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, server_manager
 from tests.engine.speech import says
@@ -280,7 +279,7 @@ async def test_cancelling_a_turn_cancels_its_request(tokenizer: PreTrainedTokeni
             await turn
         await asyncio.wait_for(engine.aborted.wait(), 10)
 
-    assert conversation.rollout == Rollout("t")
+    assert conversation.rollout == TokenRecord("t")
 
 
 # --- options -----------------------------------------------------------------------------------------------------------

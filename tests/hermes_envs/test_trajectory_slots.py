@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from backends import AcquireTimeoutError, LocalBackend, LocalOptions, SandboxError, SlotLostError
-from hermes_envs.trajectory_slots import TrajectorySlots, UnknownTrajectoryError
+from hermes_envs.services.trajectory_slots import TrajectorySlots, UnknownTrajectoryError
 from tests.support.processes import below
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from hermes_envs.policies.base import TokensOptions
+from hermes_envs.policies.token_record import UNTRAINED_MASK, Segment
 from hermes_envs.policies.tokens import TokensPolicy
-from hermes_envs.policies.tokens_options import TokensOptions
-from hermes_envs.rollout import UNTRAINED_MASK, Segment
 from tests.engine.conversations import Played, as_exchanges, check_against_template, play
 from tests.engine.families import FAMILIES
 from tests.engine.servers import server_manager

@@ -22,9 +22,9 @@ from typing import Any, Self
 import aiohttp
 import pytest
 
-from sandbox_image.cgroups import remove_recorded
 from sandbox_image.init import descendants
-from sandbox_image.trees import remove_tree
+from sandbox_image.kernel.cgroups import remove_recorded
+from sandbox_image.storage.trees import remove_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_USER = "nobody"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.cgroups import ControlGroups, GroupLimits, Hierarchy, remove_group, remove_recorded
-from sandbox_image.datadir import DataDir
+from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, Hierarchy, remove_group, remove_recorded
+from sandbox_image.storage.datadir import DataDir
 from tests.sandbox_image.running import Api, eventually, launch, open_directory, running, server_command
 
 LIMITS = GroupLimits(memory_bytes=256 * 1024**2, processes=64)

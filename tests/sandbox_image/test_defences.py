@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sandbox_image.blueprint import Blueprint, Place
-from sandbox_image.cgroups import ControlGroups, GroupLimits, SlotGroup
-from sandbox_image.defences import BASICS, REMEDIES, Defence, check_required, inspect
+from sandbox_image.box.blueprint import Blueprint, SlotDirectory
+from sandbox_image.box.defences import BASICS, REMEDIES, Defence, check_required, inspect
+from sandbox_image.box.network import NetworkPolicy
 from sandbox_image.errors import MissingDefenceError
-from sandbox_image.mounts import Stage
-from sandbox_image.network import NetworkPolicy
+from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, SlotGroup
+from sandbox_image.kernel.mounts import SharedTrees
 from tests.sandbox_image.running import Api, RunningServer, as_other_user, environment, open_directory, running, server_command
 
 CONTROL_GROUPS = {"memory_limit", "process_count_limit", "processor_shares"}
@@ -35,8 +35,8 @@ FACTS = {
 def defences_of(directory: Path, facts: dict[str, str], limits: dict[str, int] | None = None) -> dict[str, Defence]:
     """What is found in a box that reports these facts; it has the limits that were set, but for those given here."""
     groups = ControlGroups.prepare([], directory / "record", GroupLimits(2**30, 64), slots=1)
-    blueprint = Blueprint("bubblewrap", directory, Stage.plain([]), groups, (), "/usr", False, (), NetworkPolicy())
-    place = Place(directory, directory, 60_000, "/workspace", SlotGroup())
+    blueprint = Blueprint("bubblewrap", directory, SharedTrees.plain([]), groups, (), "/usr", False, (), NetworkPolicy())
+    place = SlotDirectory(directory, directory, 60_000, "/workspace", SlotGroup())
     return inspect(blueprint, place, FACTS | facts, blueprint.process_limits | (limits or {}))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_image.datadir import DataDir
+from sandbox_image.storage.datadir import DataDir
 from tests.sandbox_image.running import (
     Api,
     RunningServer,

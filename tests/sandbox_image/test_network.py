@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.network import MAX_HEADER_BYTES, BoxProxy, Destination, NetworkPolicy, is_outside
+from sandbox_image.box.network import MAX_HEADER_BYTES, BoxProxy, Destination, NetworkPolicy, is_outside
 from tests.sandbox_image.running import Api, running, server_command
 from tests.support.small_task import git
 from tests.support.web_site import ADDRESS, site

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.seccomp import ABSENT, ARCHITECTURES, CHECKED, REFUSED, filter_of_this_machine, filter_program
+from sandbox_image.kernel.seccomp import ABSENT, ARCHITECTURES, CHECKED, REFUSED, filter_of_this_machine, filter_program
 from tests.sandbox_image.running import Api
 
 ALLOW, KILL = "allow", "kill"

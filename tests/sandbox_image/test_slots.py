@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 
-from sandbox_image.box import KILL_MARGIN_S
+from sandbox_image.box.box import KILL_MARGIN_S
 from tests.sandbox_image.running import Api, RunningServer, alive, eventually, someone_runs
 
 

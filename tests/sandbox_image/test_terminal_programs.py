@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from hermes_envs.screen import AsciinemaStreamDecoder
+from hermes_envs.screen.decoder import AsciinemaStreamDecoder
 from sandbox_image.protocol import RECORDING_PATH
 from tests.sandbox_image.running import Api
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandbox_image.protocol import RECORDING_PATH
-from sandbox_image.recording import MAX_RECORDING_BYTES, Recording
-from sandbox_image.tmux_keys import is_key_name
+from sandbox_image.tools.recording import MAX_RECORDING_BYTES, Recording
+from sandbox_image.tools.tmux_pane import is_key_name
 from tests.sandbox_image.running import Api, RunningServer, eventually, running, someone_runs
 
 if shutil.which("tmux") is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.shell import OutputBuffer
-from sandbox_image.trees import TreeCopyError, copy_tree, remove_tree
+from sandbox_image.storage.trees import TreeCopyError, copy_tree, remove_tree
+from sandbox_image.tools.shell import OutputBuffer
 from tests.sandbox_image.running import as_other_user, environment, open_directory
 
 HARD = """
@@ -33,7 +33,9 @@ os.chmod(".", 0)
 def test_hard_trees_are_removed(other_user: bool) -> None:
     with open_directory(other_user=other_user, memory=True) as directory:
         prefix = as_other_user(directory) if other_user else [sys.executable]
-        source = f"{HARD}\nos.chdir('/')\nfrom sandbox_image.trees import remove_tree\nremove_tree(sys.argv[1] + '/tree')"
+        source = (
+            f"{HARD}\nos.chdir('/')\nfrom sandbox_image.storage.trees import remove_tree\nremove_tree(sys.argv[1] + '/tree')"
+        )
         subprocess.run([*prefix, "-c", source, str(directory)], env=environment(), check=True)
         assert not (directory / "tree").exists()
         assert os.path.exists("/etc/passwd")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.storage import MAX_CHAIN
+from sandbox_image.storage.storage import MAX_CHAIN
 from tests.sandbox_image.running import Api, RunningServer, eventually, on_overlay, running, without_the_right_to_mount
 
 Within = Callable[[Path], list[str]]

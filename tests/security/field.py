@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sandbox_image.seccomp import filter_of_this_machine
+from sandbox_image.kernel.seccomp import filter_of_this_machine
 from tests.sandbox_image.running import RunningServer, alive, command_line, open_directory, running
 
 ENVIRONMENT_SECRET = "s3cret-of-the-host"

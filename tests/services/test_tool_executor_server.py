@@ -19,12 +19,12 @@ import pytest_asyncio
 
 from backends import BackendConfigError, create_tool_backend
 from hermes_envs.errors import ConfigError, ToolServerError
+from hermes_envs.services.trajectory_slots import TrajectorySlots
 from hermes_envs.tool_executor_server import ALIASES, PREFIX, ToolExecutorServer, ToolExecutorServerOptions, serve
 from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.tools.external import ExternalToolbox
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.toolsets import Toolsets
-from hermes_envs.trajectory_slots import TrajectorySlots
 from tests.support.processes import below, mentioning
 from tests.support.services import Client, client_of, refusal, running
 

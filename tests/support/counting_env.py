@@ -13,8 +13,8 @@ from pydantic import Field
 
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.rollout import UNTRAINED_MASK
-from hermes_envs.trajectory import Score, Trajectory
+from hermes_envs.policies.token_record import UNTRAINED_MASK
+from hermes_envs.rollouts.trajectory import Score, Trajectory
 from hermes_envs.workspace import Workspace
 
 SCORES = 7

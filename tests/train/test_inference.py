@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_envs.policies.token_engine import TokenEngine
 from hermes_envs.policies.token_servers import exact_server_class
-from hermes_envs.rendering import create_chat_renderer
+from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.train.inference import InferenceServer

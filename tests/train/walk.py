@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.evaluation import EvaluationOptions, evaluate
-from hermes_envs.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
 from hermes_envs.workspace import Workspace
 
 DIRECTIONS = ("north", "east", "south", "west")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.rendering import create_chat_renderer
+from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.tools.toolsets import Toolsets
 from tests.train.walk import DIRECTIONS, PROMPT, command
 

@@ -1,0 +1,1 @@
+"""Repositories at one commit, with an environment that runs their tests."""

@@ -1,0 +1,86 @@
+"""The trajectories of one task, and what a trainer gets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hermes_envs.policies.base import Message
+from hermes_envs.policies.token_record import Segment
+from hermes_envs.rollouts.trajectory import Trajectory
+
+FILLER_TOKENS = 2
+"""The least that trainers can shift into inputs and targets."""
+
+
+@dataclass(frozen=True)
+class InfrastructureFailure:
+    """A rollout that could not be completed for no fault of the policy: it has no reward, not a reward of 0."""
+
+    trajectory_id: str
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Everything that was rolled out for one task; the parts together are as many as were asked for."""
+
+    name: str
+    trajectories: tuple[Trajectory, ...]
+    failures: tuple[InfrastructureFailure, ...]
+
+    @property
+    def scores(self) -> list[float]:
+        """One score for each trajectory."""
+        return [trajectory.score.value for trajectory in self.trajectories if trajectory.score is not None]
+
+    def items(self) -> list[dict[str, Any]]:
+        """atroposlib's `ScoredDataGroup`s, each with one sequence for each trajectory; none if nothing was collected.
+
+        A trajectory whose history was rewritten has several segments: the first item has everybody's first, the next one
+        everybody's second, and so on. Who has no segment left is represented by a few tokens of which none is trained. So every
+        item has the size that a trainer expects, each trajectory counts once in an item's mean score, and each sampled token is
+        trained once, whatever a trainer makes of a group.
+        """
+        return [self._item(number) for number in range(max(map(_number_of_segments, self.trajectories), default=0))]
+
+    def _item(self, number: int) -> dict[str, Any]:
+        segments = [_segment(trajectory, number) for trajectory in self.trajectories]
+        return {
+            "tokens": [segment.tokens for segment in segments],
+            "masks": [segment.masks for segment in segments],
+            "scores": self.scores,
+            "inference_logprobs": [segment.logprobs for segment in segments],
+            "messages": [_plain(trajectory.messages) for trajectory in self.trajectories],
+            "overrides": [_overrides(trajectory, number) for trajectory in self.trajectories],
+            "group_overrides": {"group_size": len(segments), "segment": number},
+        }
+
+
+def _number_of_segments(trajectory: Trajectory) -> int:
+    """A rollout of a policy without tokens counts as one segment without tokens."""
+    return max(1, len(trajectory.rollout.segments))
+
+
+def _segment(trajectory: Trajectory, number: int) -> Segment:
+    segments = trajectory.rollout.segments
+    if number < len(segments):
+        return segments[number]
+    filler = Segment()
+    if segments:
+        filler.observe(segments[0].tokens[:FILLER_TOKENS])
+    return filler
+
+
+def _overrides(trajectory: Trajectory, number: int) -> dict[str, Any]:
+    segments = _number_of_segments(trajectory)
+    # Some trainers look for this; the others find nothing to train.
+    filler = {"set_advantage_to_zero": True} if number >= segments else {}
+    return {**trajectory.metadata(), "segment": number, "segments": segments, **filler}
+
+
+def _plain(messages: Sequence[Message]) -> list[Message]:
+    """atroposlib's server takes messages whose content is text."""
+    return [{**message, "content": message.get("content") or ""} for message in messages]

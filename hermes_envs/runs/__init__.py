@@ -1,0 +1,1 @@
+"""What `process` and `evaluate` do: many groups, an account, a record."""

@@ -1,0 +1,141 @@
+"""Runs an environment's command line so that what a user can get wrong is told in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from atroposlib.envs.server_handling.server_baseline import APIServerConfig
+from pydantic import BaseModel, ValidationError
+from pydantic_cli import run_and_exit
+from pydantic_cli.argparse import FailedExecutionException
+
+from backends.errors import SandboxError
+from hermes_envs.errors import ConfigError, HermesEnvsError
+from hermes_envs.runs.atropos import allow_local_endpoints, hide_api_keys
+
+_PACKAGE = Path(__file__).parent.parent
+_SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
+CONFIG_VARIABLE = "TINKER_CONFIG"
+"""Names the file that a trainer and its environments share."""
+_FOREIGN_OPENAI_KEYS = frozenset({"weight"})
+"""What a Tinker trainer reads from the same file."""
+
+
+def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], description: str) -> None:
+    """Run one of atroposlib's commands and exit with its status: 1 for an error, 2 for a wrong flag.
+
+    `commands` makes the model of each command's flags; `options` is what may stand below `env:` in a file.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # Its modules set themselves to DEBUG, and say of each group what our own account says.
+    logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
+    hide_api_keys()
+    allow_local_endpoints()
+    arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
+    sys.argv[1:] = _locate_config(arguments)
+    try:
+        _check_config_file(options, sys.argv[1:])
+        flags = {name: make() for name, make in commands.items()}
+        run_and_exit(flags, description=description, exception_handler=_explain)
+    except ConfigError as reason:
+        sys.exit(_explain(reason))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("interrupted")
+
+
+def _explain(reason: BaseException) -> int:
+    if isinstance(reason, FailedExecutionException):
+        sys.stderr.write(f"error: {reason.message.split('error: ')[-1].strip()}\n")
+        return 2
+    for line in _lines(reason):
+        sys.stderr.write(f"error: {line}\n")
+    return 1
+
+
+def _lines(reason: BaseException) -> Sequence[str]:
+    if isinstance(reason, BaseExceptionGroup):
+        return [line for member in reason.exceptions for line in _lines(member)][:1]
+    if isinstance(reason, ValidationError):
+        return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in reason.errors()]
+    if isinstance(reason, (HermesEnvsError, SandboxError)):
+        return [" ".join(str(reason).split())]
+    raise reason
+
+
+def _attach_negative_numbers(arguments: Sequence[str]) -> list[str]:
+    """`--flag -1` becomes `--flag=-1`: atroposlib takes the first for a flag without a value, which it reads as 1."""
+    attached: list[str] = []
+    for argument in arguments:
+        if re.fullmatch(r"-\d[\d.]*", argument) and attached and re.fullmatch(r"--[^=]+", attached[-1]):
+            attached[-1] += f"={argument}"
+        else:
+            attached.append(argument)
+    return attached
+
+
+def _add_config(arguments: Sequence[str], config: str) -> list[str]:
+    """Serve with the trainer's file where none is given."""
+    is_given = any(argument.split("=", 1)[0] == "--config" for argument in arguments)
+    if config and not is_given and arguments[:1] == ["serve"]:
+        return [*arguments, "--config", config]
+    return list(arguments)
+
+
+def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> None:
+    """Reject what atroposlib would ignore or answer with a traceback.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a key that does not exist.
+    """
+    if "--config" not in arguments[:-1]:
+        return
+    path = Path(arguments[arguments.index("--config") + 1])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
+    except (UnicodeDecodeError, yaml.YAMLError) as reason:
+        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config: {path}: expected sections {', '.join(_SECTIONS)}")
+    _check_keys(path, "", content, _SECTIONS)
+    _check_keys(path, "env.", content.get("env") or {}, options.model_fields)
+    servers = content.get("openai") or []
+    for server in [servers] if isinstance(servers, Mapping) else servers:
+        _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
+
+
+def _locate_config(arguments: Sequence[str]) -> list[str]:
+    located = [
+        part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
+    if "--config" in located[:-1]:
+        position = located.index("--config") + 1
+        located[position] = str(config_file(located[position]))
+    return located
+
+
+def config_file(name: str) -> Path:
+    """The named file, or one that ships with the package where there is no such file in the working directory."""
+    # In a wheel they are inside of the package, in a checkout beside it.
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+        shipped = folder / Path(name).name
+        if not Path(name).exists() and shipped.is_file():
+            return shipped
+    return Path(name)
+
+
+def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"config: {path}: {prefix.rstrip('.') or 'the file'} is not a mapping")
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"config: {path}: unknown key {prefix}{key}")

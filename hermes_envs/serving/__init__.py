@@ -1,0 +1,1 @@
+"""Groups for a trainer, through atroposlib's `run-api`."""

@@ -1,0 +1,1 @@
+"""Task sets and the order in which their tasks are taken."""

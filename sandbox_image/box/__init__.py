@@ -1,0 +1,1 @@
+"""The bubblewrap box of a slot and what keeps it closed."""

@@ -1,0 +1,1 @@
+"""System calls, mounts, cgroups and seccomp filters."""

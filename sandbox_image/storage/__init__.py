@@ -1,0 +1,1 @@
+"""Workspaces, layers and the disk that they take."""

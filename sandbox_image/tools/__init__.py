@@ -1,0 +1,1 @@
+"""What can be done in a slot: shells, terminals, files, artifacts."""

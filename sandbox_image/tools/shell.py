@@ -1,0 +1,149 @@
+"""The `bash` tool: one command in a fresh POSIX shell, of which nothing survives the call."""
+
+from __future__ import annotations
+
+import codecs
+import posixpath
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from sandbox_image.box.box import Box
+from sandbox_image.errors import ToolError
+from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, Range, Wire
+
+MAX_ENVIRONMENT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class BashArguments(Wire):
+    """What `bash` takes. `cwd` is relative to the workspace or inside of it; `env` is added to the slot's environment."""
+
+    command: str
+    cwd: str | None = None
+    env: dict[str, str] | None = None
+    max_output_bytes: Annotated[int, Range(1, MAX_OUTPUT_BYTES)] = MAX_OUTPUT_BYTES
+
+
+class OutputBuffer:
+    """Keeps the beginning and the end of a stream within a number of bytes, whatever its length."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_limit = limit // 2
+        self._tail_limit = limit - self._head_limit
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.total = 0
+
+    def write(self, chunk: bytes | bytearray) -> None:
+        """Take what came next."""
+        self.total += len(chunk)
+        room = self._head_limit - len(self._head)
+        if room > 0:
+            self._head += chunk[:room]
+            chunk = chunk[room:]
+        self._tail += chunk
+        # Cutting at every chunk would move the whole tail each time.
+        if len(self._tail) > 2 * self._tail_limit:
+            del self._tail[: -self._tail_limit]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._head.clear()
+        self._tail.clear()
+        self.total = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something was dropped."""
+        return self.total > self._head_limit + self._tail_limit
+
+    def text(self) -> str:
+        """What was kept, as text; bytes that are not UTF-8 become U+FFFD, and a line says how much is missing."""
+        if not self.truncated:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(self._head))
+        tail = bytes(self._tail[-self._tail_limit :])
+        start = next((offset for offset in range(min(4, len(tail))) if tail[offset] & 0xC0 != 0x80), 0)
+        dropped = self.total - self._head_limit - self._tail_limit
+        return f"{head}\n[... {dropped} bytes dropped ...]\n{tail[start:].decode('utf-8', 'replace')}"
+
+
+async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxed: bool) -> ExecutionResult:
+    """Run the command; a failing one is a result like any other.
+
+    Raises:
+        ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
+        BoxError: the box died.
+    """
+    command = encoded("command", arguments.command)
+    cwd, variables = relative_to_workspace(arguments.cwd), variables_of(arguments.env)
+    buffer = OutputBuffer(arguments.max_output_bytes)
+    start = time.monotonic()
+    end = await box.run(command, buffer.write, timeout_s, cwd=cwd, variables=variables)
+    if end.expired:
+        error: str | None = f"timed out after {timeout_s:g} s"
+    elif end.error is not None:
+        error = f"cannot start the command: {end.error}"
+    else:
+        error = None if end.exit_code == 0 else f"exit status {end.exit_code}"
+    return ExecutionResult(
+        success=error is None,
+        output=buffer.text(),
+        error=error,
+        metadata={
+            "exit_code": end.exit_code,
+            "timeout": end.expired,
+            "truncated": buffer.truncated,
+            "output_bytes": buffer.total,
+            "duration_s": round(time.monotonic() - start, 6),
+            "sandboxed": sandboxed,
+        },
+    )
+
+
+def encoded(what: str, text: str) -> bytes:
+    """A text as the bytes that a program gets.
+
+    Raises:
+        ToolError: it holds what no argument can.
+    """
+    if "\0" in text:
+        raise ToolError(f"{what}: contains a NUL character")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ToolError(f"{what}: contains a lone surrogate at character {error.start}, which is not text") from error
+
+
+def variables_of(env: Mapping[str, str] | None) -> list[bytes]:
+    """Environment variables as `NAME=value`.
+
+    Raises:
+        ToolError: a name or value that cannot be one, or too much of them.
+    """
+    variables = [_variable(name, value) for name, value in (env or {}).items()]
+    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
+        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
+    return variables
+
+
+def relative_to_workspace(path: str | None) -> bytes:
+    """A directory as the box takes it; None is the workspace.
+
+    Raises:
+        ToolError: it is outside of the workspace.
+    """
+    if path is None:
+        return b""
+    whole = posixpath.normpath(posixpath.join(WORKSPACE, path))
+    if whole != WORKSPACE and not whole.startswith(f"{WORKSPACE}/"):
+        raise ToolError(f"cwd: {path} is outside of the workspace")
+    return encoded("cwd", posixpath.relpath(whole, WORKSPACE))
+
+
+def _variable(name: str, value: str) -> bytes:
+    if not name or "=" in name:
+        raise ToolError(f"env: {name!r} cannot be the name of a variable")
+    return encoded(f"env: {name!r}", f"{name}={value}")
