@@ -27,6 +27,7 @@ class Visit:
     number: int
     route: str
     payload: Any
+    reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     async def send(self, raw: bytes) -> None:
@@ -89,7 +90,7 @@ async def lying_server() -> AsyncIterator[Callable[..., Awaitable[LyingServer]]]
                     lines = head.decode().split("\r\n")
                     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
                     body = await reader.readexactly(int(headers.get("content-length", "0")))
-                    visit = Visit(len(server.visits), lines[0].split()[1], json.loads(body) if body else None, writer)
+                    visit = Visit(len(server.visits), lines[0].split()[1], json.loads(body) if body else None, reader, writer)
                     server.visits.append(visit)
                     await reply(visit)
             except (asyncio.IncompleteReadError, ConnectionError):
