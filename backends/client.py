@@ -99,7 +99,7 @@ def _names(answer: object) -> list[str]:
 
 
 class SlotServerClient:
-    """Talks to one slot server over TCP with a bearer token, or over a unix socket; connections are kept and reused.
+    """Talks to one slot server over TCP (HTTP or HTTPS) with a bearer token, or over a unix socket; connections are reused.
 
     Owned by `async with`, or closed by `close()`: requests under way then end in `SandboxUnavailableError`.
 
@@ -113,14 +113,16 @@ class SlotServerClient:
         url: str | None = None,
         token: str | None = None,
         unix_socket: Path | None = None,
+        ca_file: Path | None = None,
         timeout_margin_s: float = TIMEOUT_MARGIN_S,
     ) -> None:
-        """`url` like `http://host:port`, or `unix_socket`; exactly one of them.
+        """`url` like `http://host:port` or `https://host`, or `unix_socket`; exactly one of them.
 
+        A server with https has to have a certificate that the system trusts, or the ones in `ca_file` (PEM).
         `timeout_margin_s` is what the server gets on top of a tool's own timeout before a call counts as unanswered.
         """
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = HttpClient(url=url, unix_socket=unix_socket, headers=headers)
+        self._http = HttpClient(url=url, unix_socket=unix_socket, headers=headers, ca_file=ca_file)
         self._margin_s = timeout_margin_s
 
     async def __aenter__(self) -> Self:

