@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+from backends.options import PoolOptions
 from backends.teardown import finish
 from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
 
@@ -64,7 +65,14 @@ class ToolBackend(ABC):
     Owned by `async with`: entering starts it, leaving stops it. All methods may be called concurrently.
     """
 
+    options_class: ClassVar[type[PoolOptions]] = PoolOptions
+    """What a backend that is chosen by name is made from; fields of its own have a prefix of its own."""
+
     default_timeout_s: float
+
+    def __init__(self, options: PoolOptions) -> None:
+        """`options` is an instance of `options_class`. Nothing is started; the event loop need not run."""
+        self.options = options
 
     async def __aenter__(self) -> Self:
         try:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.errors import ArtifactNotFoundError, SnapshotError
+from backends.options import PoolOptions
 from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
 
 _REASON = "there is no sandbox"
@@ -15,6 +16,9 @@ class NoSandbox(ToolBackend):
     """Hands out as many slots as are asked for. A call in one is answered like a command that does not exist."""
 
     default_timeout_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(PoolOptions())
 
     async def start(self) -> None:
         """There is nothing to bring up."""

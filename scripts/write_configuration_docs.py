@@ -12,7 +12,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from backends import BackendOptions
-from backends.pooled import PoolOptions
+from backends.options import PoolOptions
 from hermes_envs.env import AgentEnvConfig
 from hermes_envs.gsm8k_agent import Gsm8kAgentConfig
 from hermes_envs.policies import PolicyOptions
