@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from hermes_envs.errors import NothingCollectedError
 from hermes_envs.rollouts.group import Group
 from hermes_envs.runs.group_queue import GroupQueue, Next, QueueOptions, Save
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.runs.summary import Summary
 
 
 class CollectedEnvironment(Protocol):

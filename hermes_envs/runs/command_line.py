@@ -39,6 +39,7 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     hide_api_keys()
     allow_local_endpoints()
+    _require_command(sys.argv[1:], list(commands))
     arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
     sys.argv[1:] = _locate_config(arguments)
     try:
@@ -49,6 +50,19 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
         sys.exit(_explain(reason))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("interrupted")
+
+
+def _require_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """Exit with a line of usage where atroposlib would end in a traceback."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "-v", "--version")):
+        sys.stderr.write(f"usage: {_program()} {{{','.join(commands)}}} [--config FILE] [--env.OPTION VALUE ...]\n")
+        sys.stderr.write("error: no command is given; --help says more\n")
+        sys.exit(2)
+
+
+def _program() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main is not None else Path(sys.argv[0]).name
 
 
 def _explain(reason: BaseException) -> int:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hermes_envs.errors import NothingCollectedError
 from hermes_envs.rollouts.group import FailedRollout, Group
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.runs.summary import Summary
 
 Next = Callable[[], Awaitable[Any]]
 """Gives the next item, None when there are no more."""

@@ -21,7 +21,7 @@ from atroposlib.envs.base import EvalHandlingEnum
 
 from backends.teardown import finish
 from hermes_envs.errors import ConfigError
-from hermes_envs.runs.summary import Reporter
+from hermes_envs.runs.reporter import Reporter
 from hermes_envs.serving.data_order import Ticket
 from hermes_envs.serving.environment import ServedEnvironment
 from hermes_envs.serving.outbox import Item, Outbox

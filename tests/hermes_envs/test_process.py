@@ -12,7 +12,8 @@ from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.rollouts.group import Blame, FailedRollout, Group
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
 from hermes_envs.runs.group_queue import GroupQueue, QueueOptions
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.runs.summary import Summary
 
 
 def trajectory(score: float = 1.0) -> Trajectory:

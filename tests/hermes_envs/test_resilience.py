@@ -23,7 +23,7 @@ from rich.console import Console
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.runs.group_queue import GroupQueue
-from hermes_envs.runs.summary import Reporter
+from hermes_envs.runs.reporter import Reporter
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
 from tests.support.processes import below, mentioning
