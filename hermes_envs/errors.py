@@ -5,6 +5,9 @@
     ├── DatasetError              a task set cannot be read; the message names the file or the column
     ├── NothingCollectedError     a run ended without a single trajectory
     ├── EnvironmentBuildError     a task's environment cannot be built: the task is quarantined, nobody is scored
+    ├── EnvironmentDefectError    the code of an environment fails on every task that it is given
+    ├── PhaseTimeoutError         the set-up or the grading of a rollout took longer than its task allows
+    ├── NotScoredError            an environment does not score what a rollout came to: it is dropped and counted
     ├── RecordingError            a terminal recording is not what its format says; the message names the line
     ├── TaskBuildError            a package or tree cannot be made into tasks
     ├── TrainingError             a training run cannot go on: a service that it needs is gone, or a process of it has ended
@@ -13,8 +16,8 @@
         └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
 
 `backends.errors.SandboxError` stands beside this tree: it is raised through this package unchanged. `EngineError`,
-`ToolServerError` and `SandboxError` are infrastructure: a trajectory that ends in one is tried again or dropped and counted,
-never scored 0.
+`ToolServerError`, `PhaseTimeoutError` and `SandboxError` are infrastructure: a trajectory that ends in one is tried again or
+dropped and counted, never scored 0.
 """
 
 from __future__ import annotations
@@ -38,6 +41,18 @@ class NothingCollectedError(HermesEnvsError):
 
 class EnvironmentBuildError(HermesEnvsError):
     """The environment of a task cannot be built; the task is set aside and reported, never scored."""
+
+
+class EnvironmentDefectError(HermesEnvsError):
+    """The code of an environment raises what it should not on every task that it is given; the message has the last."""
+
+
+class PhaseTimeoutError(HermesEnvsError):
+    """The set-up or the grading of a rollout took longer than its task allows: infrastructure, not the agent's doing."""
+
+
+class NotScoredError(HermesEnvsError):
+    """Raised by an environment that does not score what a rollout came to, such as one that ran out of time."""
 
 
 class RecordingError(HermesEnvsError):

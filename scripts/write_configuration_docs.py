@@ -18,6 +18,7 @@ from hermes_envs.gsm8k_agent import Gsm8kAgentConfig
 from hermes_envs.policies import PolicyOptions
 from hermes_envs.rollouts.agent import AgentOptions
 from hermes_envs.runs.evaluation import EvaluationOptions
+from hermes_envs.runs.group_queue import QueueOptions
 from hermes_envs.simple_qa import SimpleQaConfig
 from hermes_envs.smoke import SmokeConfig
 from hermes_envs.swe_smith import SweSmithConfig
@@ -30,8 +31,8 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "The agent": (AgentOptions,),
     "Tools": (ToolOptions, ToolServerOptions),
     "Sandboxes": (PoolOptions, BackendOptions),
-    "Runs": (AgentEnvConfig,),
     "Evaluation": (EvaluationOptions,),
+    "Runs": (QueueOptions, AgentEnvConfig),
     "`swe_smith`": (SweSmithConfig,),
     "`gsm8k_agent`": (Gsm8kAgentConfig,),
     "`simple_qa`": (SimpleQaConfig,),
@@ -67,7 +68,7 @@ def page() -> str:
 def row(name: str, field: FieldInfo) -> str:
     """One option as a row of a table."""
     description = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{name}` | {shown(field.get_default(call_default_factory=False))} | {description}{choices(field)} |\n"
+    return f"| `{name}` | {shown(field.get_default(call_default_factory=True))} | {description}{choices(field)} |\n"
 
 
 def shown(default: Any) -> str:

@@ -93,6 +93,8 @@ class Policy(ABC):
 
     exact: bool = False
     """Whether its rollouts carry exact tokens that a trainer may use."""
+    validates: bool = False
+    """Whether it is there to find tasks that reward whoever does nothing."""
 
     @abstractmethod
     def start(

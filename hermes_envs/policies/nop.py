@@ -14,6 +14,8 @@ FINAL_MESSAGE = "Nothing was done."
 class NopPolicy(Policy):
     """Ends every trajectory with its first message."""
 
+    validates = True
+
     def start(
         self, trajectory_id: str, *, tools: Sequence[dict[str, Any]], reference: Reference | None = None
     ) -> NopConversation:

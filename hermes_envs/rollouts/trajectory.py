@@ -13,8 +13,8 @@ from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolResult
 
 Phase = Literal["setup", "model", "tools", "grading"]
-End = Literal["stop", "length", "max_steps", "context"]
-"""Why a trajectory ended: the model stopped, its last turn was cut off, the steps or the context ran out."""
+End = Literal["stop", "length", "max_steps", "context", "timeout"]
+"""Why an episode ended: the model stopped, its last turn was cut off; the steps, the context or the time ran out."""
 
 
 @dataclass
@@ -62,9 +62,9 @@ class Score:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Trajectory:
-    """One finished rollout: the transcript, the exact tokens if there are any, and what became of it."""
+@dataclass(frozen=True)
+class Episode:
+    """What an agent did, not judged yet: the transcript, the exact tokens if there are any, and why it ended."""
 
     trajectory_id: str
     messages: list[Message]
@@ -73,7 +73,6 @@ class Trajectory:
     steps: int
     tool_counts: ToolCounts
     stopwatch: Stopwatch
-    score: Score | None = None
 
     @property
     def final_response(self) -> str:
@@ -83,9 +82,19 @@ class Trajectory:
                 return str(message.get("content") or "")
         return ""
 
+    def scored(self, score: Score) -> Trajectory:
+        """The finished rollout."""
+        return Trajectory(**vars(self), score=score)
+
+
+@dataclass(frozen=True)
+class Trajectory(Episode):
+    """One finished rollout: an episode and its score."""
+
+    score: Score
+
     def metadata(self) -> dict[str, Any]:
         """What the record keeps beside tokens and messages."""
-        score = {"score_reason": self.score.reason, **self.score.details} if self.score else {}
         return {
             "trajectory_id": self.trajectory_id,
             "end": self.end,
@@ -97,5 +106,6 @@ class Trajectory:
             "tool_calls_exec_error": self.tool_counts.exec_error,
             "tool_errors": self.tool_counts.errors,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.stopwatch.seconds.items()},
-            **score,
+            "score_reason": self.score.reason,
+            **self.score.details,
         }

@@ -9,9 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from pydantic import BaseModel, ValidationError
 from pydantic_cli import run_and_exit
@@ -20,11 +18,8 @@ from pydantic_cli.argparse import FailedExecutionException
 from backends.errors import SandboxError
 from hermes_envs.errors import ConfigError, HermesEnvsError
 from hermes_envs.runs.atropos import allow_local_endpoints, hide_api_keys
+from hermes_envs.runs.config_file import CONFIG_VARIABLE, check_keys, config_file, read_sections
 
-_PACKAGE = Path(__file__).parent.parent
-_SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
-CONFIG_VARIABLE = "TINKER_CONFIG"
-"""Names the file that a trainer and its environments share."""
 _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
 
@@ -39,6 +34,7 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     hide_api_keys()
     allow_local_endpoints()
+    _require_command(sys.argv[1:], list(commands))
     arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
     sys.argv[1:] = _locate_config(arguments)
     try:
@@ -49,6 +45,19 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
         sys.exit(_explain(reason))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("interrupted")
+
+
+def _require_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """Exit with a line of usage where atroposlib would end in a traceback."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "-v", "--version")):
+        sys.stderr.write(f"usage: {_program()} {{{','.join(commands)}}} [--config FILE] [--env.OPTION VALUE ...]\n")
+        sys.stderr.write("error: no command is given; --help says more\n")
+        sys.exit(2)
+
+
+def _program() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main is not None else Path(sys.argv[0]).name
 
 
 def _explain(reason: BaseException) -> int:
@@ -98,19 +107,11 @@ def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> No
     if "--config" not in arguments[:-1]:
         return
     path = Path(arguments[arguments.index("--config") + 1])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
-    except (UnicodeDecodeError, yaml.YAMLError) as reason:
-        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config: {path}: expected sections {', '.join(_SECTIONS)}")
-    _check_keys(path, "", content, _SECTIONS)
-    _check_keys(path, "env.", content.get("env") or {}, options.model_fields)
-    servers = content.get("openai") or []
+    sections = read_sections(path)
+    check_keys(path, "env", sections.get("env") or {}, options.model_fields)
+    servers = sections.get("openai") or []
     for server in [servers] if isinstance(servers, Mapping) else servers:
-        _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
+        check_keys(path, "openai", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
 
 
 def _locate_config(arguments: Sequence[str]) -> list[str]:
@@ -121,21 +122,3 @@ def _locate_config(arguments: Sequence[str]) -> list[str]:
         position = located.index("--config") + 1
         located[position] = str(config_file(located[position]))
     return located
-
-
-def config_file(name: str) -> Path:
-    """The named file, or one that ships with the package where there is no such file in the working directory."""
-    # In a wheel they are inside of the package, in a checkout beside it.
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-        shipped = folder / Path(name).name
-        if not Path(name).exists() and shipped.is_file():
-            return shipped
-    return Path(name)
-
-
-def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config: {path}: {prefix.rstrip('.') or 'the file'} is not a mapping")
-    for key in section:
-        if key not in known:
-            raise ConfigError(f"config: {path}: unknown key {prefix}{key}")

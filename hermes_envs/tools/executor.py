@@ -60,8 +60,8 @@ class ToolExecutor:
         """Whether a tool runs outside of the slot."""
         return name in self._external.definitions
 
-    async def execute(self, workspace: Workspace, call: ToolCall) -> ToolResult:
-        """Run one call in the workspace.
+    async def execute(self, workspace: Workspace, call: ToolCall, *, timeout_s: float | None = None) -> ToolResult:
+        """Run one call in the workspace, within `timeout_s` if that is less than the call may take anyway.
 
         Raises:
             SandboxError, ToolServerError: the slot or the tool server failed; the call's fate is unknown.
@@ -70,7 +70,7 @@ class ToolExecutor:
             call = self.check(call)
         except UnusableCallError as problem:
             return ToolResult(call, f"Error: {problem}", ok=False, executed=False)
-        result = await self.run(workspace, call)
+        result = await self.run(workspace, call, timeout_s=timeout_s)
         # What comes from outside of a slot may hold what is no text.
         described = _describe(result).encode("utf-8", "replace").decode()
         content = await self._fit(workspace, call, described)

@@ -20,12 +20,14 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hermes_envs.errors import ConfigError, HermesEnvsError
-from hermes_envs.runs.command_line import CONFIG_VARIABLE, config_file
+from hermes_envs.runs.config_file import CONFIG_VARIABLE, config_file
 from hermes_envs.train.options import TinkerService, TrainingConfig
-from hermes_envs.train.run import EnvironmentCommand, run
+
+if TYPE_CHECKING:
+    from hermes_envs.train.run import EnvironmentCommand
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -64,6 +66,9 @@ def _prepare(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[Tr
     config = TrainingConfig.load(path, overrides)
     if flags.environment is None:
         return config, None
+    # Takes seconds to import.
+    from hermes_envs.train.run import EnvironmentCommand
+
     config.check_endpoints()
     for_environment = [part for name, value in overrides["env"].items() for part in (f"--env.{name}", str(value).lower())]
     return config, EnvironmentCommand.of(flags.environment, path, tuple(for_environment))
@@ -78,6 +83,8 @@ def main() -> int:
         service = TinkerService(
             base_url=os.environ.get("TINKER_BASE_URL") or None, api_key=os.environ.get("TINKER_API_KEY") or None
         )
+        from hermes_envs.train.run import run
+
         complete = asyncio.run(run(config, service, environment))
     except HermesEnvsError as reason:
         sys.stderr.write(f"error: {reason}\n")

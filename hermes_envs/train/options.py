@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from hermes_envs.errors import ConfigError
-
-SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
+from hermes_envs.runs.config_file import mapping, read_sections
 
 
 class TinkerService(BaseModel):
@@ -115,11 +113,11 @@ class TrainingConfig(BaseModel):
         Raises:
             ConfigError: the file cannot be read, lacks a section, or has a key or a value that means nothing.
         """
-        sections = _read(path)
+        sections = read_sections(path)
         for name in ("env", "openai", "tinker"):
             if not sections.get(name):
                 raise ConfigError(f"config: {path}: the section {name}: is missing")
-        merged = {name: {**_mapping(path, name, sections[name]), **overrides.get(name, {})} for name in ("env", "tinker")}
+        merged = {name: {**mapping(path, name, sections[name]), **overrides.get(name, {})} for name in ("env", "tinker")}
         endpoints = [sections["openai"]] if isinstance(sections["openai"], Mapping) else sections["openai"]
         try:
             config = cls.model_validate({**merged, "openai": endpoints})
@@ -146,26 +144,6 @@ def _address(url: str) -> tuple[str, str, int | None] | None:
     except ValueError:
         return None
     return (scheme, host, port) if scheme in ("http", "https") and host else None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
-    except (UnicodeDecodeError, yaml.YAMLError) as reason:
-        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
-    sections = _mapping(path, "", content)
-    for name in sections:
-        if name not in SECTIONS:
-            raise ConfigError(f"config: {path}: unknown section {name}; known: {', '.join(SECTIONS)}")
-    return sections
-
-
-def _mapping(path: Path, name: str, section: Any) -> Mapping[str, Any]:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config: {path}: {name or 'the file'} is not a mapping")
-    return section
 
 
 def _in_words(reason: ValidationError) -> str:

@@ -135,7 +135,7 @@ def test_bad_options_are_one_line(command_line: CommandLine, tmp_path: Path, opt
         ("env: [", "config.yaml is not YAML"),
         ("- env", "expected sections"),
         ("env:\n  polcy: oracle\n", "unknown key env.polcy"),
-        ("environment:\n  policy: oracle\n", "unknown key environment"),
+        ("environment:\n  policy: oracle\n", "unknown section environment"),
         ("openai:\n  - modelname: x\n", "unknown key openai.modelname"),
         ("env:\n  group_size: many\n  policy: oracle\n", "group_size"),
     ],

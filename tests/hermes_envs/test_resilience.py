@@ -21,9 +21,9 @@ from atroposlib.envs.base import APIServerConfig
 from rich.console import Console
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.runs.group_queue import GroupQueue
-from hermes_envs.runs.summary import Reporter
+from hermes_envs.runs.reporter import Reporter
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
 from tests.support.processes import below, mentioning
@@ -50,8 +50,8 @@ class NoteEnv(AgentEnv):
         reference = [ToolCall(f"c{number}", "terminal", {"command": command}) for number, command in enumerate(commands)]
         return AgentTask(prompt=[{"role": "user", "content": "Write it down."}], reference=reference)
 
-    async def verify_and_score_trajectory(self, item: int, trajectory: Trajectory, workspace: Workspace) -> Score:
-        return Score(float(await workspace.read("note") == str(item).encode()), "the note was read")
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
+        return Score(float(await workspace.read("note") == str(task.item).encode()), "the note was read")
 
 
 async def cause_trouble(environment: AgentEnv, chance: random.Random, struck: dict[str, int]) -> None:
