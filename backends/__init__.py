@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 BACKENDS = Registry(
-    kind=ToolBackend,  # type: ignore[type-abstract]
+    kind=lambda: ToolBackend,
     group="hermes_envs.backends",
     option="tool_pool_mode",
     built_in={"local": "backends.local:LocalBackend"},

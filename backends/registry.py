@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Generic, TypeVar
@@ -13,14 +13,15 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Registry(Generic[Kind]):
-    """The subclasses of `kind` that the option `option` can name.
+    """The subclasses of a class that an option can name.
 
     A name is one of `built_in` (name -> `package.module:Class`), that of an entry point of `group` in an installed package, or
     `package.module:Class` itself. Built-in names are known without metadata, so that a checkout need not be installed; they
     cannot be taken by another package.
     """
 
-    kind: type[Kind]
+    kind: Callable[[], type[Kind]]
+    """Gives the class of which all are subclasses, when one is loaded."""
     group: str
     option: str
     built_in: Mapping[str, str]
@@ -55,6 +56,7 @@ class Registry(Generic[Kind]):
             found = point.load()
         except (ImportError, AttributeError) as reason:
             raise self.error(f"{self.option}: {name!r} cannot be imported: {reason}") from reason
-        if not (isinstance(found, type) and issubclass(found, self.kind)):
-            raise self.error(f"{self.option}: {name!r} is no subclass of {self.kind.__name__}")
+        kind = self.kind()
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise self.error(f"{self.option}: {name!r} is no subclass of {kind.__name__}")
         return found

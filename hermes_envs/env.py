@@ -115,12 +115,18 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     @classmethod
     def cli(cls) -> None:
         """Run `serve`, `process` or `evaluate` from the command line; every foreseeable error is one line."""
-        commands = {
-            "serve": cls.get_cli_serve_config_cls,
-            "process": cls.get_cli_process_config_cls,
-            "evaluate": cls.get_cli_evaluate_config_cls,
+        commands: dict[str, Callable[[type[AgentEnvConfig]], type]] = {
+            "serve": lambda options: cls._with_options(options).get_cli_serve_config_cls(),
+            "process": lambda options: cls._with_options(options).get_cli_process_config_cls(),
+            "evaluate": lambda options: cls._with_options(options).get_cli_evaluate_config_cls(),
         }
         command_line.run(commands, cls.env_config_cls, cls.__doc__ or "")
+
+    @classmethod
+    def _with_options(cls, options: type[AgentEnvConfig]) -> Any:
+        """This environment with options that it does not know of: those of a backend from another package."""
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "env_config_cls": options}
+        return cls if options is cls.env_config_cls else type(cls.__name__, (cls,), own)
 
     # --- what an environment overrides ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
@@ -9,12 +10,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_cli import run_and_exit
 from pydantic_cli.argparse import FailedExecutionException
 
+from backends import BackendOptions, options_with
 from backends.errors import SandboxError
 from hermes_envs.errors import ConfigError, HermesEnvsError
 from hermes_envs.runs.atropos import allow_local_endpoints, hide_api_keys
@@ -23,11 +26,14 @@ from hermes_envs.runs.config_file import CONFIG_VARIABLE, check_keys, config_fil
 _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
 
+Options = TypeVar("Options", bound=BackendOptions)
 
-def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], description: str) -> None:
+
+def run(commands: Mapping[str, Callable[[type[Options]], type]], options: type[Options], description: str) -> None:
     """Run one of atroposlib's commands and exit with its status: 1 for an error, 2 for a wrong flag.
 
-    `commands` makes the model of each command's flags; `options` is what may stand below `env:` in a file.
+    `options` is what may stand below `env:` in a file, beside the options of the backend that is chosen; from all of these
+    `commands` makes the model of each command's flags.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
@@ -38,10 +44,12 @@ def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], de
     arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
     sys.argv[1:] = _locate_config(arguments)
     try:
-        _check_config_file(options, sys.argv[1:])
-        flags = {name: make() for name, make in commands.items()}
+        path, sections = _read_config_file(sys.argv[1:])
+        options = options_with(options, _chosen_backend(options, sys.argv[1:], sections))
+        _check_config_file(path, sections, options)
+        flags = {name: make(options) for name, make in commands.items()}
         run_and_exit(flags, description=description, exception_handler=_explain)
-    except ConfigError as reason:
+    except (ConfigError, SandboxError) as reason:
         sys.exit(_explain(reason))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("interrupted")
@@ -98,16 +106,33 @@ def _add_config(arguments: Sequence[str], config: str) -> list[str]:
     return list(arguments)
 
 
-def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> None:
-    """Reject what atroposlib would ignore or answer with a traceback.
+def _read_config_file(arguments: Sequence[str]) -> tuple[Path, Mapping[str, Any]]:
+    """The file that `--config` names and its sections; without a file there are none.
 
     Raises:
-        ConfigError: the file cannot be read, or names a key that does not exist.
+        ConfigError: the file cannot be read, or has other sections.
     """
     if "--config" not in arguments[:-1]:
-        return
+        return Path(), {}
     path = Path(arguments[arguments.index("--config") + 1])
-    sections = read_sections(path)
+    return path, read_sections(path)
+
+
+def _chosen_backend(options: type[BackendOptions], arguments: Sequence[str], sections: Mapping[str, Any]) -> str:
+    """What `tool_pool_mode` is going to be; asked before the flags are parsed, since the backend may have flags of its own."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--env.tool_pool_mode", dest="mode", nargs="?")
+    env = sections.get("env")
+    given = flags.parse_known_args(arguments)[0].mode or (env.get("tool_pool_mode") if isinstance(env, Mapping) else None)
+    return str(given or options.model_fields["tool_pool_mode"].default)
+
+
+def _check_config_file(path: Path, sections: Mapping[str, Any], options: type[BackendOptions]) -> None:
+    """Reject keys that atroposlib would ignore or answer with a traceback.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
     check_keys(path, "env", sections.get("env") or {}, options.model_fields)
     servers = sections.get("openai") or []
     for server in [servers] if isinstance(servers, Mapping) else servers:

@@ -38,7 +38,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="the YAML file; default: the variable TINKER_CONFIG")
-    parser.add_argument("--environment", help="start run-api and this environment, too: gsm8k_agent, or a module's name")
+    parser.add_argument("--environment", help="start run-api and this environment, too: its name, a module's, or module:Class")
     parser.add_argument("--num-steps", type=int, help="instead of env.total_steps")
     parser.add_argument("--base-model", help="instead of tinker.base_model")
     parser.add_argument("--lora-rank", type=int, help="instead of tinker.lora_rank")
