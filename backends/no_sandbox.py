@@ -26,15 +26,29 @@ class NoSandbox(ToolBackend):
     async def stop(self, *, purge: bool = False) -> None:
         """There is nothing to give back."""
 
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
-        """A slot at once; a layer is not built."""
+    async def acquire(
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> Slot:
+        """A slot at once; a layer is not built, and there is nothing to be limited."""
         return Slot(sandbox_id="none", slot_id="none", trajectory_id=trajectory_id, lease="none")
 
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """Nobody else waits for it."""
 
     async def reset(
-        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+        self,
+        slot: Slot,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """It is as fresh as ever."""
 

@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sandbox_image.box.defences import REMEDIES
 from sandbox_image.box.network import Destination
-from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
-from sandbox_image.protocol import MAX_BATCH_ITEMS, WORKSPACE_BYTES, WORKSPACE_INODES
+from sandbox_image.options import LEAST_PROCESSES
+from sandbox_image.protocol import LEAST_MEMORY_BYTES, MAX_BATCH_ITEMS, WORKSPACE_BYTES, WORKSPACE_INODES
 
 
 class PoolOptions(BaseModel):

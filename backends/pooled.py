@@ -11,14 +11,15 @@ from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.client import SlotServerClient
 from backends.codec import MissingError
 from backends.dispatch import Dispatcher
-from backends.errors import SandboxUnavailableError
+from backends.errors import BackendConfigError, SandboxUnavailableError
 from backends.options import PoolOptions
-from backends.pool import SlotPool
+from backends.pool import SlotLimits, SlotPool
 from backends.sandbox import Sandbox
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
     DEFAULT_ARTIFACT_ENTRIES,
     DEFAULT_TIMEOUT_S,
+    LEAST_MEMORY_BYTES,
     ArtifactArchive,
     ArtifactArchiveRequest,
     ArtifactContent,
@@ -69,9 +70,25 @@ class PooledBackend(ToolBackend):
             raise SandboxUnavailableError("the backend is not running")
         return self._pool
 
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
+    def _limits(self, network: bool | None, memory_bytes: int | None) -> SlotLimits:
+        if network and not self.options.allow_network:
+            raise BackendConfigError("allow_network: a slot with network is asked for, and the option does not allow any")
+        if memory_bytes is not None and memory_bytes < LEAST_MEMORY_BYTES:
+            raise BackendConfigError(f"a slot with {memory_bytes} bytes of memory is asked for; it needs {LEAST_MEMORY_BYTES}")
+        return SlotLimits(network, memory_bytes)
+
+    async def acquire(
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> Slot:
         """See `ToolBackend.acquire`."""
-        return await self._running_pool().acquire(trajectory_id, _start(layer, start_from))
+        limits = self._limits(network, memory_bytes)
+        return await self._running_pool().acquire(trajectory_id, _start(layer, start_from), limits)
 
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """See `ToolBackend.release`. The reset goes on in the background."""
@@ -79,10 +96,17 @@ class PooledBackend(ToolBackend):
             self._pool.release(slot, reset_workspace=reset_workspace)
 
     async def reset(
-        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+        self,
+        slot: Slot,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """See `ToolBackend.reset`."""
-        await self._running_pool().reset(slot, _start(layer, start_from), network)
+        limits = self._limits(network, memory_bytes)
+        await self._running_pool().reset(slot, _start(layer, start_from), limits)
 
     async def snapshot(self, slot: Slot) -> Snapshot:
         """See `ToolBackend.snapshot`."""
