@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.tools.tool import BUILTIN_TOOLS, Tool
+from hermes_envs.tools.builtin import BUILTIN_TOOLS
+from hermes_envs.tools.tool import Tool
 
 
 @dataclass
