@@ -41,13 +41,12 @@ from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushi
 from hermes_envs.runs.group_queue import GroupQueue
 from hermes_envs.runs.html_report import write_html_report
 from hermes_envs.runs.summary import Reporter, Summary
-from hermes_envs.services.variables import Names
 from hermes_envs.serving.serving import Serving
 from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.external import ExternalTool
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
-from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.tools.toolsets import Names, Toolsets
 from hermes_envs.workspace import Workspace
 
 logger = logging.getLogger(__name__)

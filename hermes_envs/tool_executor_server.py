@@ -43,11 +43,10 @@ from hermes_envs.services.http_service import (
 )
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.services.trajectory_slots import TrajectorySlots
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.call import ToolCall, UnusableCallError
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
-from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.tools.toolsets import Names, Toolsets
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,

@@ -25,8 +25,8 @@ from pydantic import Field
 from hermes_envs.errors import ConfigError
 from hermes_envs.services.http_service import HttpService, Route, announce, result_json, stop_signal, unusable_json
 from hermes_envs.services.options import ServiceOptions
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox
+from hermes_envs.tools.toolsets import Names
 from sandbox_image.protocol import MAX_TIMEOUT_S, Range, Wire
 
 PREFIX = "TOOL_SERVER_"

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hermes_envs.errors import ConfigError
 
 Options = TypeVar("Options", bound=BaseModel)
-
-
-def _split_at_commas(value: object) -> object:
-    parts = [value] if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    return value
-
-
-Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
-"""A list in YAML, or names separated by commas on the command line and in a variable."""
 
 
 def read_options(kind: type[Options], fields: Mapping[str, str], given: Mapping[str, str], **values: str) -> Options:

@@ -74,7 +74,7 @@ class ToolExecutor:
         # What comes from outside of a slot may hold what is no text.
         described = _describe(result).encode("utf-8", "replace").decode()
         content = await self._fit(workspace, call, described)
-        return ToolResult(call, content, ok=result.success, metadata=result.metadata)
+        return ToolResult(call, content, ok=result.success)
 
     def check(self, call: ToolCall) -> ToolCall:
         """The call as it can be run.
