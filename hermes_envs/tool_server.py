@@ -17,17 +17,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.services.http_service import HttpService, Route, announce, result_json, stop_signal, unusable_json
+from hermes_envs.services.http_service import Body, HttpService, announce, get, post, result_json, stop_signal, unusable_json
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox
 from hermes_envs.tools.toolsets import Names
-from sandbox_image.protocol import MAX_TIMEOUT_S, Range, Wire
+from sandbox_image.protocol import MAX_TIMEOUT_S
 
 PREFIX = "TOOL_SERVER_"
 
@@ -40,13 +39,12 @@ class ToolServerServiceOptions(ServiceOptions):
     max_concurrency: int = Field(16, ge=1, description="Most tools that run at once; further calls wait.")
 
 
-@dataclass(frozen=True)
-class ExternalCall(Wire):
+class ExternalCall(Body):
     """Call a tool. `timeout` is in seconds; `trajectory_id` appears in the log."""
 
     tool: str
     args: dict[str, Any]
-    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
     trajectory_id: str | None = None
 
 
@@ -56,14 +54,14 @@ class ToolServer:
     def __init__(self, toolbox: ExternalToolbox, options: ToolServerServiceOptions) -> None:
         self._toolbox = toolbox
         self._options = options
-        routes: dict[tuple[str, str], Route] = {
-            ("GET", "/tools"): (None, self._list),
-            ("POST", "/execute"): (ExternalCall, self._execute),
-            ("GET", "/health"): (None, self._health),
-        }
+        routes = (
+            get("/tools", self._list),
+            post("/execute", ExternalCall, self._execute),
+            get("/health", self._health),
+        )
         self.service = HttpService(routes, options)
 
-    async def _list(self, _: None) -> dict[str, Any]:
+    async def _list(self) -> dict[str, Any]:
         return {"tools": [definition.schema for definition in self._toolbox.definitions.values()]}
 
     async def _execute(self, call: ExternalCall) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class ToolServer:
             return unusable_json(problem)
         return result_json(await self._toolbox.call(call.tool, call.args, timeout_s, call.trajectory_id))
 
-    async def _health(self, _: None) -> dict[str, Any]:
+    async def _health(self) -> dict[str, Any]:
         return {
             "status": "ok",
             "tools": len(self._toolbox.definitions),
