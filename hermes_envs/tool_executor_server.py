@@ -26,6 +26,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_settings import SettingsConfigDict
 
 from backends import BackendOptions, ToolBackend, create_tool_backend
 from backends.base import Slot
@@ -56,17 +57,18 @@ from sandbox_image.protocol import (
     ExecutionResult,
 )
 
-PREFIX = "TOOL_EXECUTOR_"
 ALIASES = {
-    "SLOTS": "local_slots",
-    "BATCH_WINDOW_MS": "tool_batch_window_ms",
-    "MAX_BATCH_SIZE": "tool_max_batch_size",
+    "TOOL_EXECUTOR_SLOTS": "TOOL_EXECUTOR_LOCAL_SLOTS",
+    "TOOL_EXECUTOR_BATCH_WINDOW_MS": "TOOL_EXECUTOR_TOOL_BATCH_WINDOW_MS",
+    "TOOL_EXECUTOR_MAX_BATCH_SIZE": "TOOL_EXECUTOR_TOOL_MAX_BATCH_SIZE",
 }
 MAX_TRAJECTORY_ID_CHARS = 256
 
 
 class ToolExecutorServerOptions(ServiceOptions, BackendOptions, ToolOptions, ToolServerOptions):
     """Options of the tool executor server."""
+
+    model_config = SettingsConfigDict(env_prefix="TOOL_EXECUTOR_")
 
     port: int = Field(9001, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
     idle_timeout_s: float = Field(900.0, gt=0, description="How long a trajectory keeps its slot without a call, in seconds.")
@@ -207,7 +209,7 @@ class ToolExecutorServer:
 
     async def _health(self) -> dict[str, Any]:
         if not self._backend.get_stats().sandboxes:
-            raise RefusalError(503, "sandbox_unavailable", "there is no sandbox at the moment")
+            raise RefusalError("there is no sandbox at the moment", 503, "sandbox_unavailable")
         return {"status": "ok"}
 
 
@@ -237,7 +239,7 @@ def main() -> int:
     """Run until told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", PREFIX, sys.argv[1:], os.environ, ALIASES)))
+        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", sys.argv[1:], os.environ, ALIASES)))
     except (HermesEnvsError, SandboxError) as reason:
         sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
         return 1

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.services.http_service import Body, HttpService, announce, get, post, result_json, stop_signal, unusable_json
@@ -28,11 +29,11 @@ from hermes_envs.tools.external import ExternalTool, ExternalToolbox
 from hermes_envs.tools.toolsets import Names
 from sandbox_image.protocol import MAX_TIMEOUT_S
 
-PREFIX = "TOOL_SERVER_"
-
 
 class ToolServerServiceOptions(ServiceOptions):
     """Options of the external tool server."""
+
+    model_config = SettingsConfigDict(env_prefix="TOOL_SERVER_")
 
     port: int = Field(9002, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
     tools: Names = Field([], description="What to serve: MODULE:NAME of a list of `ExternalTool`, separated by commas.")
@@ -99,7 +100,7 @@ def load_tools(names: Sequence[str]) -> list[ExternalTool]:
             raise ConfigError(f"tools: {name!r} is no list of ExternalTool")
         tools += listed
     if not tools:
-        raise ConfigError(f"tools: there are none to serve; name some with --tools or {PREFIX}TOOLS")
+        raise ConfigError("tools: there are none to serve; name some with --tools or TOOL_SERVER_TOOLS")
     return tools
 
 
@@ -121,7 +122,7 @@ def main() -> int:
     """Run until told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(ToolServerServiceOptions.read(__doc__ or "", PREFIX, sys.argv[1:], os.environ)))
+        asyncio.run(serve(ToolServerServiceOptions.read(__doc__ or "", sys.argv[1:], os.environ)))
     except ConfigError as reason:
         sys.stderr.write(f"error: {reason}\n")
         return 1

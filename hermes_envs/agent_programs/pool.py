@@ -47,13 +47,13 @@ class TerminalPool:
 
     @classmethod
     def shared(cls, options: BackendOptions) -> TerminalPool:
-        """The process' pool with these options, started by whoever asks first and closed when the process exits.
+        """The process' pool with these options of a backend, started by whoever asks first and closed when the process exits.
 
         Raises:
             SandboxError: as for a pool of one's own.
         """
         # A child that was forked has no part in its parent's threads.
-        key = f"{os.getpid()} {options.model_dump_json()}"
+        key = f"{os.getpid()} {options.model_dump_json(include=set(BackendOptions.model_fields))}"
         with cls._shared_lock:
             pool = cls._shared.get(key)
             if pool is None or pool._closed:

@@ -68,24 +68,17 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 class RefusalError(Exception):
     """A request that is not served; `status` is of HTTP."""
 
-    def __init__(self, status: int, kind: str, reason: str) -> None:
+    def __init__(self, reason: str, status: int = 400, kind: str = "bad_request") -> None:
         super().__init__(reason)
         self.status = status
         self.kind = kind
-
-
-class BadRequestError(RefusalError):
-    """A request that its sender has to change."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(400, "bad_request", reason)
 
 
 def get(path: str, answer: Callable[[], Awaitable[Any]]) -> web.RouteDef:
     """A route that is asked without a body; what `answer` returns is sent as JSON."""
 
     async def handle(_: web.Request) -> web.Response:
-        return _json(await answer(), 200)
+        return _json(await answer())
 
     return web.get(path, handle, allow_head=False)
 
@@ -94,7 +87,7 @@ def post(path: str, kind: type[AnyBody], answer: Callable[[AnyBody], Awaitable[A
     """A route that gets a body of some kind; what `answer` returns is sent as JSON."""
 
     async def handle(request: web.Request) -> web.Response:
-        return _json(await answer(await _read(request, kind)), 200)
+        return _json(await answer(await _read(request, kind)))
 
     return web.post(path, handle)
 
@@ -106,9 +99,7 @@ class HttpService:
         self._options = options
         token = options.token
         self._authorization = None if token is None else f"Bearer {token.get_secret_value()}".encode()
-        self._application = web.Application(
-            middlewares=[_answer_failures, self._admit], client_max_size=options.max_request_bytes
-        )
+        self._application = web.Application(middlewares=[self._answer], client_max_size=options.max_request_bytes)
         self._application.add_routes(routes)
         self.closing = False
 
@@ -132,45 +123,41 @@ class HttpService:
             await runner.cleanup()
 
     @web.middleware
-    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            self._admit(request)
+            return await handler(request)
+        except RefusalError as refusal:
+            return _refuse(refusal.status, refusal.kind, refusal)
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+            return _refuse(404, "not_found", f"no route {request.method} {request.path}")
+        except tuple(kind for kind, _, _ in _FAILURES) as reason:
+            return next(_refuse(status, kind, reason) for type_, status, kind in _FAILURES if isinstance(reason, type_))
+
+    def _admit(self, request: web.Request) -> None:
         if "Origin" in request.headers:
             # A page in a browser on this machine may send requests to any port of it.
-            raise BadRequestError("the header 'Origin' says that a web page asks; none may")
-        if self._authorization is not None:
-            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(given, self._authorization):
-                raise RefusalError(401, "unauthorized", "the header 'Authorization: Bearer TOKEN' is missing or wrong")
+            raise RefusalError("the header 'Origin' says that a web page asks; none may")
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
+            raise RefusalError("the header 'Authorization: Bearer TOKEN' is missing or wrong", 401, "unauthorized")
         if self.closing:
-            raise RefusalError(503, "shutting_down", "the server is about to end")
-        return await handler(request)
-
-
-@web.middleware
-async def _answer_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except RefusalError as refusal:
-        return _refuse(refusal.status, refusal.kind, str(refusal))
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return _refuse(404, "not_found", f"no route {request.method} {request.path}")
-    except tuple(kind for kind, _, _ in _FAILURES) as reason:
-        status, kind = next((status, kind) for type_, status, kind in _FAILURES if isinstance(reason, type_))
-        return _refuse(status, kind, str(reason))
+            raise RefusalError("the server is about to end", 503, "shutting_down")
 
 
 async def _read(request: web.Request, kind: type[AnyBody]) -> AnyBody:
     try:
         payload = json.loads((await request.read()).decode(), parse_constant=_refuse_constant)
     except web.HTTPRequestEntityTooLarge as reason:
-        raise RefusalError(413, "too_large", f"the request has more than {request.client_max_size} bytes") from reason
+        raise RefusalError(f"the request has more than {request.client_max_size} bytes", 413, "too_large") from reason
     except (ValueError, RecursionError) as reason:
-        raise BadRequestError(f"the request is not JSON: {reason}") from reason
+        raise RefusalError(f"the request is not JSON: {reason}") from reason
     if not isinstance(payload, dict):
-        raise BadRequestError(f"expected a JSON object, got {type(payload).__name__}")
+        raise RefusalError(f"expected a JSON object, got {type(payload).__name__}")
     try:
         return kind.model_validate(payload)
     except ValidationError as reason:
-        raise BadRequestError("; ".join(map(_problem, reason.errors()[:_SHOWN_PROBLEMS]))) from reason
+        raise RefusalError("; ".join(map(_problem, reason.errors()[:_SHOWN_PROBLEMS]))) from reason
 
 
 def _problem(error: ErrorDetails) -> str:
@@ -205,9 +192,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _refuse(status: int, kind: str, reason: str) -> web.Response:
-    return _json({"kind": kind, "error": reason}, status)
+def _refuse(status: int, kind: str, reason: object) -> web.Response:
+    return _json({"kind": kind, "error": str(reason)}, status)
 
 
-def _json(payload: object, status: int) -> web.Response:
+def _json(payload: object, status: int = 200) -> web.Response:
     return web.Response(body=json.dumps(payload).encode(), status=status, content_type="application/json")

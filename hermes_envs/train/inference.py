@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, FailFast, Field
 from hermes_envs.errors import ConfigError, EngineError
 from hermes_envs.policies.base import assistant_message
 from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
-from hermes_envs.services.http_service import BadRequestError, Body, HttpService, RefusalError, get, post
+from hermes_envs.services.http_service import Body, HttpService, RefusalError, get, post
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.train.tinker_model import Completion, RefusedSampleError, SamplingRequest, TinkerModel
 
@@ -169,11 +169,11 @@ class InferenceServer:
         try:
             renderer = self._renderer()
         except ConfigError as reason:
-            raise RefusalError(501, "no_renderer", str(reason)) from reason
+            raise RefusalError(str(reason), 501, "no_renderer") from reason
         try:
             prompt = renderer.prompt(request.messages, tools)
         except (ConfigError, EngineError, *UNSUITABLE) as reason:
-            raise BadRequestError(f"the messages or tools cannot be rendered: {type(reason).__name__}: {reason}") from reason
+            raise RefusalError(f"the messages or tools cannot be rendered: {type(reason).__name__}: {reason}") from reason
         stop = self._stop(request.stop, list(renderer.stop_token_ids))
         most = request.max_completion_tokens or request.max_tokens or 256
         completions = await self._sample(_openai_sampling(request, prompt, most, stop))
@@ -199,17 +199,17 @@ class InferenceServer:
         try:
             return await model.sample(request)
         except RefusedSampleError as reason:
-            raise RefusalError(400, "bad_request", str(reason)) from reason
+            raise RefusalError(str(reason)) from reason
         except EngineError as reason:
-            raise RefusalError(502, "engine_failed", str(reason)) from reason
+            raise RefusalError(str(reason), 502, "engine_failed") from reason
 
     def _token_ids(self, name: str, given: list[int]) -> list[int]:
         if not given:
-            raise BadRequestError(f"field {name!r} has no token")
+            raise RefusalError(f"field {name!r} has no token")
         size = len(self._tokenizer)
         for token in given:
             if not 0 <= token < size:
-                raise BadRequestError(f"field {name!r}: {token!r} is no token of the vocabulary of {size}")
+                raise RefusalError(f"field {name!r}: {token!r} is no token of the vocabulary of {size}")
         return given
 
     def _stop(self, stop: Sequence[str | int], token_ids: Sequence[int]) -> list[int] | list[str] | None:
@@ -217,11 +217,11 @@ class InferenceServer:
         texts = [text for text in stop if isinstance(text, str)]
         ids = [token for token in stop if isinstance(token, int)] + [*token_ids]
         if "" in texts:
-            raise BadRequestError("field 'stop': a text is empty")
+            raise RefusalError("field 'stop': a text is empty")
         if ids and texts:
             several = [text for text in texts if text not in self._vocabulary]
             if several:
-                raise BadRequestError(f"field 'stop': {several[0]!r} is not one token; Tinker takes no texts beside ids")
+                raise RefusalError(f"field 'stop': {several[0]!r} is not one token; Tinker takes no texts beside ids")
             ids, texts = [*ids, *(self._vocabulary[text] for text in texts)], []
         if ids:
             return list(dict.fromkeys(self._token_ids("stop", ids)))

@@ -20,7 +20,7 @@ import pytest_asyncio
 from backends import BackendConfigError, create_tool_backend
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.services.trajectory_slots import TrajectorySlots
-from hermes_envs.tool_executor_server import ALIASES, PREFIX, ToolExecutorServer, ToolExecutorServerOptions, serve
+from hermes_envs.tool_executor_server import ALIASES, ToolExecutorServer, ToolExecutorServerOptions, serve
 from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.tools.external import ExternalToolbox
 from hermes_envs.tools.sha256 import SHA256
@@ -348,7 +348,7 @@ async def test_the_process_offers_the_tools_of_a_tool_server(tmp_path: Path) -> 
 )
 async def test_what_cannot_work_is_named(flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     with pytest.raises((ConfigError, BackendConfigError, ToolServerError), match=re.escape(words)):
-        await serve(ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES))
+        await serve(ToolExecutorServerOptions.read("", flags, variables, ALIASES))
 
 
 async def test_the_process_says_it_in_one_line() -> None:
@@ -358,10 +358,12 @@ async def test_the_process_says_it_in_one_line() -> None:
 
 def test_flags_win_over_variables_and_an_empty_variable_is_none() -> None:
     def read(*flags: str, **variables: str) -> ToolExecutorServerOptions:
-        return ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES)
+        return ToolExecutorServerOptions.read("", flags, variables, ALIASES)
 
     options = read("--local-slots", "3", TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_TOKEN="", UNRELATED="1")
     assert (options.local_slots, options.token, options.port) == (3, None, 9001)
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="6").local_slots == 6
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="").local_slots == 5
     assert read(TOOL_EXECUTOR_ENABLED_TOOLSETS="terminal, filesystem").enabled_toolsets == ["terminal", "filesystem"]
     assert read("--allow-network", "true").allow_network
     assert "secret" not in repr(read(TOOL_EXECUTOR_TOKEN="secret", TOOL_EXECUTOR_TOOL_SERVER_TOKEN="secret"))

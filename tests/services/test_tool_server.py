@@ -16,7 +16,8 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from hermes_envs.errors import ConfigError, ToolServerError
-from hermes_envs.tool_server import PREFIX, ToolServer, ToolServerServiceOptions, load_tools, serve
+from hermes_envs.services.options import ServiceOptions
+from hermes_envs.tool_server import ToolServer, ToolServerServiceOptions, load_tools, serve
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox, ExternalTools
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
@@ -338,7 +339,7 @@ async def test_the_process_serves_tools_of_ones_own_and_ends_in_order(tmp_path: 
 )
 async def test_what_cannot_work_is_named(flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        await serve(ToolServerServiceOptions.read("", PREFIX, flags, variables))
+        await serve(ToolServerServiceOptions.read("", flags, variables))
 
 
 async def test_the_process_says_it_in_one_line() -> None:
@@ -349,6 +350,15 @@ async def test_a_token_has_no_flag() -> None:
     status, said = await refusal(MODULE, "--token", "x")
     assert status == 2
     assert "unrecognized arguments: --token" in said
+
+
+def test_only_main_looks_at_the_process_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "TOOL_SERVER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert ServiceOptions().port == 0
+    assert ToolServerServiceOptions().port == 9002
+    assert ToolServerServiceOptions.model_validate({"max_concurrency": 3}).port == 9002
+    assert ToolServerServiceOptions.read("", (), {}).port == 9002
 
 
 def test_tools_can_be_named_alone_or_in_lists() -> None:
