@@ -98,7 +98,7 @@ class ExecuteBody(TrajectoryBody):
 
 
 class ReleaseBody(TrajectoryBody):
-    """Give the slot back. Without `reset_workspace` it is made fresh only when somebody else gets it."""
+    """Give the slot back. Without `reset_workspace` it is reset only when it is acquired again."""
 
     reset_workspace: bool = True
 
@@ -231,7 +231,7 @@ async def serve(options: ToolExecutorServerOptions) -> None:
             announce(port)
             await stop.wait()
             server.service.closing = True
-            # Whoever still waits for a command is told that its slot is gone.
+            # Calls under way are answered with `slot_lost`.
             await slots.close()
 
 

@@ -86,7 +86,7 @@ def load_tools(names: Sequence[str]) -> list[ExternalTool]:
     """Import the tools that `MODULE:NAME` names.
 
     Raises:
-        ConfigError: there is nothing there, or something else.
+        ConfigError: a name cannot be imported or is no list of `ExternalTool`, or there are no tools.
     """
     tools: list[ExternalTool] = []
     for name in names:

@@ -1,4 +1,4 @@
-"""JSON over HTTP: who may ask, what a request must look like, and how it is refused.
+"""JSON over HTTP: authorization, validation of requests, and the status of those that fail.
 
 A request that cannot be served is answered with a status that says whose fault it is and `{"kind", "error"}`, as a slot server
 does. A tool that fails is not such a request: it is a result.
@@ -37,7 +37,7 @@ from hermes_envs.services.trajectory_slots import UnknownTrajectoryError
 from sandbox_image.protocol import ExecutionResult
 
 _STOPPING_S = 1.0
-"""How long requests under way may go on; aiohttp waits for it twice."""
+"""How long requests under way may take to end; aiohttp waits for it twice."""
 _FAILURES: tuple[tuple[type[Exception], int, str], ...] = (
     (RefusedError, 400, "bad_request"),
     (UnknownTrajectoryError, 404, "not_found"),
@@ -165,7 +165,7 @@ def _problem(error: ErrorDetails) -> str:
 
 
 def stop_signal() -> asyncio.Event:
-    """What SIGTERM and SIGINT set from now on."""
+    """An event that SIGTERM and SIGINT set."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -173,7 +173,7 @@ def stop_signal() -> asyncio.Event:
 
 
 def announce(port: int) -> None:
-    """Say on standard output that requests are served from now on."""
+    """Write to standard output that requests are served."""
     sys.stdout.write(json.dumps({"ready": True, "port": port}) + "\n")
     sys.stdout.flush()
 

@@ -59,7 +59,7 @@ class ServiceOptions(VariableOptions):
 
 
 def _add_flag(parser: ArgumentParser, *names: str, **details: Any) -> None:
-    if details.get("metavar") != SecretStr.__name__:
+    if SecretStr.__name__ not in str(details.get("metavar")):
         parser.add_argument(*names, **details)
 
 

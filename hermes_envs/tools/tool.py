@@ -55,4 +55,4 @@ class Tool(ToolDefinition):
 
     to_sandbox: Callable[[Workspace, dict[str, Any]], SandboxCall]
     keeps_state: bool = False
-    """Whether something of a call goes on after it."""
+    """Whether processes that a call starts may outlive it."""

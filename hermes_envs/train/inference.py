@@ -113,7 +113,7 @@ class InferenceServer:
         self._model.set_result(model)
 
     def published(self, step: int) -> None:
-        """Say in `/health` after how many steps the weights are those that are sampled from."""
+        """Set the training step that `/health` gives for the weights that are sampled from."""
         self.step = step
 
     async def _generate(self, request: GenerateRequest) -> Any:
@@ -213,7 +213,7 @@ class InferenceServer:
         return given
 
     def _stop(self, stop: Sequence[str | int], token_ids: Sequence[int]) -> list[int] | list[str] | None:
-        """Where to stop: Tinker takes ids or texts, not both, so texts that are one token become ids beside others."""
+        """Where to stop. Tinker takes token ids or texts, not both: beside ids, texts of one token are turned into ids."""
         texts = [text for text in stop if isinstance(text, str)]
         ids = [token for token in stop if isinstance(token, int)] + [*token_ids]
         if "" in texts:
@@ -229,7 +229,7 @@ class InferenceServer:
 
     @functools.cached_property
     def _vocabulary(self) -> dict[str, int]:
-        """The tokenizer makes it anew each time, for some tens of milliseconds."""
+        """Cached, since the tokenizer builds it anew at each call, which takes tens of milliseconds."""
         return dict(self._tokenizer.get_vocab())
 
     def _text(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:

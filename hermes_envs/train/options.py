@@ -94,10 +94,10 @@ class TrainingConfig(BaseModel):
         return self.tinker.base_model or self.env.tokenizer_name
 
     def check_endpoints(self) -> None:
-        """See to it that the environment asks this trainer for completions.
+        """Check that every endpoint of the environment is this trainer's inference server.
 
         Raises:
-            ConfigError: it would ask somebody else.
+            ConfigError: one is not.
         """
         host, port = self.tinker.inference_host, self.tinker.inference_port
         own = {("http", name, port) for name in ("localhost", "127.0.0.1", host.lower())}
