@@ -9,16 +9,18 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
+from hermes_envs.services.variables import VariableOptions
 
 SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
 
 
-class TinkerService(BaseModel):
+class TinkerService(VariableOptions):
     """Where the Tinker service is and who asks."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TINKER_")
 
     base_url: str | None = Field(None, description="Its address; none for the SDK's own default.")
     api_key: SecretStr | None = Field(None, description="Its key; none for what the SDK has stored.")
