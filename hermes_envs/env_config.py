@@ -13,9 +13,9 @@ from hermes_envs.policies import PolicyOptions
 from hermes_envs.rollouts.agent import AgentOptions
 from hermes_envs.runs.evaluation import EvaluationOptions
 from hermes_envs.runs.group_queue import QueueOptions
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.executor import ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions
+from hermes_envs.tools.toolsets import Names
 
 
 class AgentEnvConfig(
