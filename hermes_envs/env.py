@@ -304,6 +304,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     async def env_manager(self) -> None:
         """Serve a trainer through atroposlib's API."""
+        command_line.set_log_level(self.config.log_level)
         serving = Serving(self)
         if self.config.data_path_to_save_groups is not None:
             self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
@@ -368,7 +369,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         self.max_token_len = self.config.max_token_length
         self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
         title, groups = self.name or type(self).__name__, self.n_groups_to_process
-        await self.start_wandb(self.wandb_project, title)
+        await self._begin(title)
         try:
             async with self.running():
                 await collect(
@@ -391,9 +392,13 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     async def _run_evaluate(self) -> None:
         """atroposlib's hook for `evaluate`."""
-        await self.start_wandb(self.wandb_project, self.name or type(self).__name__)
+        await self._begin(self.name or type(self).__name__)
         async with self.running():
             await self.evaluate()
+
+    async def _begin(self, title: str) -> None:
+        command_line.set_log_level(self.config.log_level)
+        await self.start_wandb(self.wandb_project, title)
 
     async def start_wandb(self, project: str | None, name: str, group: str | None = None) -> None:
         """Send metrics, if that is wanted and somebody has logged in."""

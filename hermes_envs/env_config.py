@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from atroposlib.envs.base import BaseEnvConfig
 from pydantic import ConfigDict, Field
@@ -12,9 +13,9 @@ from hermes_envs.policies import PolicyOptions
 from hermes_envs.rollouts.agent import AgentOptions
 from hermes_envs.runs.evaluation import EvaluationOptions
 from hermes_envs.runs.group_queue import QueueOptions
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.executor import ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions
+from hermes_envs.tools.toolsets import Names
 
 
 class AgentEnvConfig(
@@ -43,6 +44,9 @@ class AgentEnvConfig(
         gt=0,
         description="Longest that a rollout may take, from when it has a slot until it is graded; an agent that is still at "
         "work then ends with `timeout`.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="What is logged to standard error; `debug` has what slot servers say, too."
     )
     cache_directory: str = Field("~/.cache/hermes-envs", description="Where fetched repositories and tasks are kept.")
 

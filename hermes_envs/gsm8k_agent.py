@@ -17,10 +17,10 @@ from hermes_envs.maths.answer_checker import AnswerChecker
 from hermes_envs.maths.problem import BUNDLED, Problem, split_problems
 from hermes_envs.policies.base import Reference
 from hermes_envs.rollouts.trajectory import Episode, Score
-from hermes_envs.services.variables import Names
 from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tasks.task_set import TaskSet
 from hermes_envs.tools.call import ToolCall
+from hermes_envs.tools.toolsets import Names
 from hermes_envs.workspace import Workspace, explain
 
 SYSTEM_PROMPT = r"""You solve maths problems. Use the tool `python` for calculations: it runs a script and returns what that

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError
-from hermes_envs.services.variables import Names
 from hermes_envs.tasks.task_order import TaskOrder
+from hermes_envs.tools.toolsets import Names
 
 SYSTEM_PROMPT = "Answer in one short sentence."
 

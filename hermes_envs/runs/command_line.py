@@ -55,6 +55,12 @@ def run(commands: Mapping[str, Callable[[type[Options]], type]], options: type[O
         sys.exit("interrupted")
 
 
+def set_log_level(level: str) -> None:
+    """Log this package and the backends from that level on."""
+    for name in ("hermes_envs", "backends"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
 def _require_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
     """Exit with a line of usage where atroposlib would end in a traceback."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "-v", "--version")):

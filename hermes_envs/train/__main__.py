@@ -80,9 +80,7 @@ def main() -> int:
     logging.getLogger("hermes_envs.train").setLevel(logging.INFO)
     try:
         config, environment = _prepare(sys.argv[1:], os.environ)
-        service = TinkerService(
-            base_url=os.environ.get("TINKER_BASE_URL") or None, api_key=os.environ.get("TINKER_API_KEY") or None
-        )
+        service = TinkerService.from_variables(os.environ)
         from hermes_envs.train.run import run
 
         complete = asyncio.run(run(config, service, environment))

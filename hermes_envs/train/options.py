@@ -8,15 +8,17 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.runs.config_file import mapping, read_sections
+from hermes_envs.services.variables import VariableOptions
 
 
-class TinkerService(BaseModel):
+class TinkerService(VariableOptions):
     """Where the Tinker service is and who asks."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TINKER_")
 
     base_url: str | None = Field(None, description="Its address; none for the SDK's own default.")
     api_key: SecretStr | None = Field(None, description="Its key; none for what the SDK has stored.")
@@ -92,10 +94,10 @@ class TrainingConfig(BaseModel):
         return self.tinker.base_model or self.env.tokenizer_name
 
     def check_endpoints(self) -> None:
-        """See to it that the environment asks this trainer for completions.
+        """Check that every endpoint of the environment is this trainer's inference server.
 
         Raises:
-            ConfigError: it would ask somebody else.
+            ConfigError: one is not.
         """
         host, port = self.tinker.inference_host, self.tinker.inference_port
         own = {("http", name, port) for name in ("localhost", "127.0.0.1", host.lower())}

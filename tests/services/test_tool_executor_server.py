@@ -20,7 +20,7 @@ import pytest_asyncio
 from backends import BackendConfigError, create_tool_backend
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.services.trajectory_slots import TrajectorySlots
-from hermes_envs.tool_executor_server import ALIASES, PREFIX, ToolExecutorServer, ToolExecutorServerOptions, serve
+from hermes_envs.tool_executor_server import ALIASES, ToolExecutorServer, ToolExecutorServerOptions, serve
 from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.tools.external import ExternalToolbox
 from hermes_envs.tools.sha256 import SHA256
@@ -164,13 +164,13 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
             (b"[" * 100_000, 400, "not JSON"),
             (b" " * 300_000, 413, "more than 200000 bytes"),
             ([], 400, "expected a JSON object, got list"),
-            ({}, 400, "missing field 'trajectory_id'"),
-            (EXECUTE | READ | {"trajectory_id": 7}, 400, "wrong type"),
-            (T | {"slot_id": "slot_0"}, 400, "unknown field 'slot_id'"),
+            ({}, 400, "field 'trajectory_id': Field required"),
+            (EXECUTE | READ | {"trajectory_id": 7}, 400, "field 'trajectory_id': Input should be a valid string"),
+            (T | {"slot_id": "slot_0"}, 400, "field 'slot_id': Extra inputs are not permitted"),
         )
     ),
     *(
-        (route, body | {"trajectory_id": name}, 400, "field 'trajectory_id' must have 1 to 256 printable characters")
+        (route, body | {"trajectory_id": name}, 400, "field 'trajectory_id': must have 1 to 256 printable characters")
         for route, body in (
             ("/execute", EXECUTE),
             ("/release", T),
@@ -180,23 +180,23 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
         )
         for name in ("", "x" * 257, "a\nb", "\0", "\ud800")
     ),
-    ("/execute", T | {"args": {}}, 400, "missing field 'tool'"),
-    ("/execute", T | {"tool": "terminal"}, 400, "missing field 'args'"),
-    ("/execute", EXECUTE | {"args": "true"}, 400, "field 'args' has the wrong type"),
-    ("/execute", EXECUTE | {"tool": None}, 400, "field 'tool' has the wrong type"),
-    ("/execute", EXECUTE | {"timeout": 0}, 400, "field 'timeout' must be above 0"),
-    ("/execute", EXECUTE | {"timeout": 1e9}, 400, "field 'timeout' must be above 0 and at most"),
-    ("/execute", EXECUTE | {"timeout": True}, 400, "field 'timeout' has the wrong type"),
+    ("/execute", T | {"args": {}}, 400, "field 'tool': Field required"),
+    ("/execute", T | {"tool": "terminal"}, 400, "field 'args': Field required"),
+    ("/execute", EXECUTE | {"args": "true"}, 400, "field 'args': Input should be a valid dictionary"),
+    ("/execute", EXECUTE | {"tool": None}, 400, "field 'tool': Input should be a valid string"),
+    ("/execute", EXECUTE | {"timeout": 0}, 400, "field 'timeout': Input should be greater than 0"),
+    ("/execute", EXECUTE | {"timeout": 1e9}, 400, "field 'timeout': Input should be less than or equal to 86400"),
+    ("/execute", EXECUTE | {"timeout": True}, 400, "field 'timeout': Input should be a valid number"),
     (
         "/execute",
         b'{"trajectory_id": "t", "tool": "terminal", "args": {"command": "true"}, "timeout": Infinity}',
         400,
         "Infinity",
     ),
-    ("/release", T | {"reset_workspace": 1}, 400, "field 'reset_workspace' has the wrong type"),
-    ("/artifacts/read", T, 400, "missing field 'path'"),
-    ("/artifacts/read", READ | {"encoding": "utf-16"}, 400, "field 'encoding' has the wrong type"),
-    ("/artifacts/read", READ | {"max_bytes": 1.5}, 400, "field 'max_bytes' has the wrong type"),
+    ("/release", T | {"reset_workspace": 1}, 400, "field 'reset_workspace': Input should be a valid boolean"),
+    ("/artifacts/read", T, 400, "field 'path': Field required"),
+    ("/artifacts/read", READ | {"encoding": "utf-16"}, 400, "field 'encoding': Input should be 'text' or 'base64'"),
+    ("/artifacts/read", READ | {"max_bytes": 1.5}, 400, "field 'max_bytes': Input should be a valid integer"),
     ("/artifacts/read", READ | {"max_bytes": 0}, 400, "field 'max_bytes' must be between 1 and"),
     ("/artifacts/read", READ | {"max_bytes": 10**30}, 400, "field 'max_bytes' must be between 1 and"),
     ("/artifacts/read", READ | {"max_bytes": 2}, 413, "file: 3 bytes, the limit is 2"),
@@ -208,9 +208,9 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
     ("/artifacts/read", READ | {"trajectory_id": "nobody"}, 404, "trajectory 'nobody' has no slot"),
     ("/artifacts/list", T | {"path": "/etc"}, 403, "outside of the workspace"),
     ("/artifacts/list", T | {"path": "file"}, 404, "file: Not a directory"),
-    ("/artifacts/list", T | {"recursive": "yes"}, 400, "field 'recursive' has the wrong type"),
+    ("/artifacts/list", T | {"recursive": "yes"}, 400, "field 'recursive': Input should be a valid boolean"),
     ("/artifacts/list", T | {"max_entries": -1}, 400, "field 'max_entries' must be"),
-    ("/artifacts/archive", T | {"format": "zip"}, 400, "field 'format' has the wrong type"),
+    ("/artifacts/archive", T | {"format": "zip"}, 400, "field 'format': Input should be 'tar.gz' or 'tgz'"),
     ("/artifacts/archive", T | {"path": ".."}, 403, "outside of the workspace"),
     ("/artifacts/archive", T | {"max_bytes": 1}, 413, "the archive has more than 1 bytes"),
 ]
@@ -239,9 +239,11 @@ async def test_without_the_token_nothing_is_answered(client: Client, token: str)
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize(("method", "route"), [("GET", "/execute"), ("POST", "/status"), ("GET", "/"), ("POST", "/reset")])
+@pytest.mark.parametrize(
+    ("method", "route"), [("GET", "/execute"), ("POST", "/status"), ("GET", "/"), ("POST", "/reset"), ("PUT", "/release")]
+)
 async def test_there_are_no_other_routes(client: Client, method: str, route: str) -> None:
-    assert (await client.ask(method, route, {}))[0] == 404
+    assert await client.ask(method, route, {}) == (404, {"kind": "not_found", "error": f"no route {method} {route}"})
 
 
 async def test_an_idle_trajectory_loses_its_slot(tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ async def test_the_process_offers_the_tools_of_a_tool_server(tmp_path: Path) -> 
 )
 async def test_what_cannot_work_is_named(flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     with pytest.raises((ConfigError, BackendConfigError, ToolServerError), match=re.escape(words)):
-        await serve(ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES))
+        await serve(ToolExecutorServerOptions.read("", flags, variables, ALIASES))
 
 
 async def test_the_process_says_it_in_one_line() -> None:
@@ -356,10 +358,12 @@ async def test_the_process_says_it_in_one_line() -> None:
 
 def test_flags_win_over_variables_and_an_empty_variable_is_none() -> None:
     def read(*flags: str, **variables: str) -> ToolExecutorServerOptions:
-        return ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES)
+        return ToolExecutorServerOptions.read("", flags, variables, ALIASES)
 
     options = read("--local-slots", "3", TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_TOKEN="", UNRELATED="1")
     assert (options.local_slots, options.token, options.port) == (3, None, 9001)
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="6").local_slots == 6
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="").local_slots == 5
     assert read(TOOL_EXECUTOR_ENABLED_TOOLSETS="terminal, filesystem").enabled_toolsets == ["terminal", "filesystem"]
     assert read("--allow-network", "true").allow_network
     assert "secret" not in repr(read(TOOL_EXECUTOR_TOKEN="secret", TOOL_EXECUTOR_TOOL_SERVER_TOKEN="secret"))

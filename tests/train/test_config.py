@@ -104,6 +104,16 @@ async def test_others_may_not_ask_without_a_key(tmp_path: Path) -> None:
         await run(config, TinkerService(), None)
 
 
+def test_variables_say_where_the_service_is() -> None:
+    given = {"TINKER_BASE_URL": "http://gpu7", "TINKER_API_KEY": "s3cret", "TINKER_TELEMETRY": "0"}
+    service = TinkerService.from_variables(given)
+    assert service.base_url == "http://gpu7"
+    assert service.api_key is not None
+    assert service.api_key.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(service)
+    assert TinkerService.from_variables({"TINKER_BASE_URL": "", "BASE_URL": "http://gpu8"}) == TinkerService()
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         TrainingConfig.load(tmp_path / "none.yaml", {})
