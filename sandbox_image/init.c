@@ -126,11 +126,20 @@ static void kill_everybody(void) {
         reap(0);
 }
 
+/* Whether a process descends from a keeper; NOT_KNOWN if its ancestors changed while they were listed. */
+enum descent { NOT_ASKED, NOT_KNOWN, STRANGER, KEPT };
+
 struct process {
     pid_t pid, parent;
+    enum descent descent;
 };
 
-/* All processes of the box but this one; their number, or -1 if /proc cannot be read. */
+static int by_pid(const void *one, const void *other) {
+    pid_t left = ((const struct process *)one)->pid, right = ((const struct process *)other)->pid;
+    return (left > right) - (left < right);
+}
+
+/* All processes of the box but this one, by their numbers; how many, or -1 if /proc cannot be read. */
 static ssize_t list_processes(struct process **list) {
     DIR *proc = opendir("/proc");
     struct dirent *entry;
@@ -156,9 +165,11 @@ static ssize_t list_processes(struct process **list) {
             continue;
         if (count == room && (*list = realloc(*list, (room = 2 * room + 64) * sizeof **list)) == NULL)
             exit(1);
-        (*list)[count++] = (struct process){pid, (pid_t)atoi(after_name + 4)};
+        (*list)[count++] = (struct process){pid, (pid_t)atoi(after_name + 4), NOT_ASKED};
     }
     closedir(proc);
+    if (count > 0)
+        qsort(*list, count, sizeof **list, by_pid);
     return (ssize_t)count;
 }
 
@@ -176,21 +187,28 @@ static int somebody_is_kept(void) {
     return 0;
 }
 
-/* Whether a process descends from a keeper; -1 if its ancestors changed while they were listed. */
-static int descends_from_kept(pid_t pid, const struct process *list, size_t count) {
-    for (size_t steps = 0; steps <= count; steps++) {
-        if (is_kept(pid))
-            return 1;
-        size_t at = 0;
-        while (at < count && list[at].pid != pid)
-            at++;
-        if (at == count)
-            return -1;
-        if (list[at].parent <= 1)
-            return 0;
-        pid = list[at].parent;
+static struct process *parent_of(const struct process *process, struct process *list, size_t count) {
+    struct process wanted = {.pid = process->parent};
+    return bsearch(&wanted, list, count, sizeof *list, by_pid);
+}
+
+/* Answers for all ancestors on the way as well, so that each is asked once. */
+static enum descent descent_of(struct process *process, struct process *list, size_t count) {
+    struct process *at = process;
+    enum descent answer = NOT_KNOWN;
+    for (; at != NULL && at->descent == NOT_ASKED; at = parent_of(at, list, count)) {
+        if (is_kept(at->pid))
+            at->descent = KEPT;
+        else
+            at->descent = at->parent <= 1 ? STRANGER : NOT_KNOWN;
+        if (at->descent != NOT_KNOWN)
+            break;
     }
-    return -1;
+    if (at != NULL)
+        answer = at->descent;
+    for (; process != at && answer != NOT_KNOWN; process = parent_of(process, list, count))
+        process->descent = answer;
+    return answer;
 }
 
 /* Kill whoever does not descend from a keeper; how many there were, those included of whom it is not known. */
@@ -199,10 +217,10 @@ static size_t kill_strangers(void) {
     ssize_t count = list_processes(&list);
     size_t strangers = count < 0;
     for (ssize_t at = 0; at < count; at++) {
-        int safe = descends_from_kept(list[at].pid, list, (size_t)count);
-        if (safe == 0)
+        enum descent descent = descent_of(&list[at], list, (size_t)count);
+        if (descent == STRANGER)
             kill(list[at].pid, SIGKILL);
-        strangers += safe != 1;
+        strangers += descent != KEPT;
     }
     free(list);
     return strangers;
@@ -229,10 +247,11 @@ static void leave(void) {
 
 /* -- Messages ----------------------------------------------------------------------------------------------------------------- */
 
-/* Put what a packet's file holds in the place of the packet: a message too large for one. */
+/* Replace a packet by what is in the file that came with it as the first descriptor: a message too large for a packet. */
 static void read_file(struct message *message) {
     struct stat found;
     int file = message->descriptors[0];
+    memmove(message->descriptors, message->descriptors + 1, --message->descriptor_count * sizeof(int));
     free(message->bytes);
     if (fstat(file, &found) < 0 || (message->bytes = malloc((size_t)found.st_size + 1)) == NULL)
         leave();
@@ -242,6 +261,7 @@ static void read_file(struct message *message) {
             leave();
         message->length += (size_t)got;
     }
+    close(file);
 }
 
 /* The next message; does not return when the server is gone. */
@@ -262,7 +282,7 @@ static struct message receive(void) {
         message.descriptor_count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         memcpy(message.descriptors, CMSG_DATA(rights), message.descriptor_count * sizeof(int));
     }
-    if (message.length == 1 && message.bytes[0] == '@' && message.descriptor_count == 1)
+    if (message.length == 1 && message.bytes[0] == '@' && message.descriptor_count > 0)
         read_file(&message);
     message.bytes[message.length] = '\0';
     message.count = 1;
@@ -278,21 +298,21 @@ static struct message receive(void) {
 
 /* -- Commands ----------------------------------------------------------------------------------------------------------------- */
 
-/* The environment with `variables`, each NAME=VALUE, in the place of those of the same names. */
+/* The environment with `variables`, each NAME=VALUE and no name twice, in the place of those of the same names. */
 static char **environment_with(char **variables, size_t count) {
-    size_t inherited = 0, used = 0;
+    size_t inherited = 0, used = count;
     while (environ[inherited] != NULL)
         inherited++;
     char **merged = calloc(inherited + count + 1, sizeof *merged);
     if (merged == NULL)
         exit(1);
-    for (size_t at = 0; at < inherited + count; at++) {
-        char *entry = at < inherited ? environ[at] : variables[at - inherited];
-        size_t name = strcspn(entry, "=") + 1, slot = 0;
-        while (slot < used && strncmp(merged[slot], entry, name) != 0)
-            slot++;
-        merged[slot] = entry;
-        used += slot == used;
+    memcpy(merged, variables, count * sizeof *merged);
+    for (size_t at = 0; at < inherited; at++) {
+        size_t name = strcspn(environ[at], "=") + 1, same = 0;
+        while (same < count && strncmp(variables[same], environ[at], name) != 0)
+            same++;
+        if (same == count)
+            merged[used++] = environ[at];
     }
     return merged;
 }

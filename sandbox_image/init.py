@@ -18,7 +18,7 @@ CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings with a NU
                      listen NUMBER PORT                      listen on 127.0.0.1; the answer brings the socket
     init -> server   done NUMBER                             the answer to `keep`, `enter` and `listen` if it is not `error`
 
-A message that is too large for a packet lies in a file, which comes with the packet `@`.
+A message that is too large for a packet lies in a file, which comes as the first descriptor of the packet `@`.
 
 OUTPUT is the write end of a pipe for what commands of `run` print. A kept command has a keeper, to whom all that it starts
 comes back when its parents end: that tells its processes from those that a `run` left behind. Without a PID namespace (no
@@ -121,7 +121,7 @@ class Init:
     def _receive(self) -> tuple[list[bytes], list[int]]:
         packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if packet == BY_REFERENCE and attached:
-            with open(attached.pop(), "rb") as file:
+            with open(attached.pop(0), "rb") as file:
                 # The writer's position came along.
                 file.seek(0)
                 packet = file.read()

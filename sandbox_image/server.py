@@ -13,6 +13,7 @@ error, and ends with status 1. It stops on SIGTERM and SIGINT, and with `--die-w
 from __future__ import annotations
 
 import asyncio
+import codecs
 import gc
 import hmac
 import json
@@ -24,12 +25,13 @@ import stat
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from sandbox_image import openapi
+from sandbox_image import openapi, pieces
 from sandbox_image.box.blueprint import Blueprint, SlotDirectory
 from sandbox_image.box.boxes import Boxes
 from sandbox_image.box.defences import BUBBLEWRAP_REMEDY, DISK, check_required
@@ -165,7 +167,7 @@ class SlotServer:
         if _NDJSON not in request.headers.get("Accept", ""):
             await self._run_items(items, lines)
             answers = sorted((lines.get_nowait() for _ in items), key=lambda line: line.index)
-            return _json([line.result or line.failure for line in answers])
+            return await _send_large(request, lambda: _encode_list(line.result or line.failure for line in answers))
         response = web.StreamResponse(headers={"Content-Type": _NDJSON})
         await response.prepare(request)
         async with asyncio.TaskGroup() as group:
@@ -224,7 +226,7 @@ class SlotServer:
             status="ok",
             version=VERSION,
             slots=len(self._slots),
-            busy=sum(slot.state().state == "busy" for slot in self._slots.values()),
+            busy=sum(slot.busy for slot in self._slots.values()),
             isolation=self._blueprint.isolation,
             data_dir=str(self._data_dir),
             uptime_s=round(time.monotonic() - self._start, 3),
@@ -239,27 +241,38 @@ class SlotServer:
     async def _describe(self, request: web.BaseRequest) -> web.Response:
         return _json(openapi.document(TOOLS))
 
-    async def _read_artifact(self, request: web.BaseRequest) -> web.Response:
+    async def _read_artifact(self, request: web.BaseRequest) -> web.StreamResponse:
         wanted = ArtifactReadRequest.from_json(await _body(request))
         slot = self._slot(wanted.slot_id)
         if wanted.path == RECORDING_PATH:
-            return _json(slot.recording(wanted).to_json())
-        return _json((await slot.artifact(wanted, artifacts.read)).to_json())
+            content = await slot.recording(wanted)
+        else:
+            content = await slot.artifact(wanted, artifacts.read)
+        return await _send_large(request, lambda: pieces.encode_json(content.to_json()))
 
-    async def _list_artifacts(self, request: web.BaseRequest) -> web.Response:
+    async def _list_artifacts(self, request: web.BaseRequest) -> web.StreamResponse:
         wanted = ArtifactListRequest.from_json(await _body(request))
-        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.listing)).to_json())
+        listing = await self._slot(wanted.slot_id).artifact(wanted, artifacts.listing)
+        return await _send_large(request, lambda: pieces.encode_json(listing.to_json()))
 
-    async def _archive_artifacts(self, request: web.BaseRequest) -> web.Response:
+    async def _archive_artifacts(self, request: web.BaseRequest) -> web.StreamResponse:
         wanted = ArtifactArchiveRequest.from_json(await _body(request))
-        return _json((await self._slot(wanted.slot_id).artifact(wanted, artifacts.archive)).to_json())
+        archive = await self._slot(wanted.slot_id).artifact(wanted, artifacts.archive)
+        return await _send_large(request, lambda: pieces.encode_json(archive.to_json()))
 
 
 async def _body(request: web.BaseRequest) -> Any:
+    """The request's JSON, decoded while it arrives."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    texts, size = [], 0
     try:
-        return json.loads((await request.read()).decode())
-    except web.HTTPRequestEntityTooLarge as error:
-        raise RequestError(ErrorKind.TOO_LARGE, f"the request has more than {MAX_REQUEST_BYTES} bytes") from error
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > MAX_REQUEST_BYTES:
+                raise RequestError(ErrorKind.TOO_LARGE, f"the request has more than {MAX_REQUEST_BYTES} bytes")
+            texts.append(decoder.decode(chunk))
+        texts.append(decoder.decode(b"", final=True))
+        return json.loads("".join(texts))
     except (ValueError, RecursionError) as error:
         raise RequestError(ErrorKind.BAD_REQUEST, f"the request is not JSON: {error}") from error
 
@@ -277,6 +290,25 @@ async def _stream(response: web.StreamResponse, lines: asyncio.Queue[BatchLine],
 
 def _json(payload: object, status: int = 200) -> web.Response:
     return web.Response(body=json.dumps(payload).encode(), status=status, headers=_JSON_HEADERS)
+
+
+async def _send_large(request: web.BaseRequest, encode: Callable[[], list[bytes]]) -> web.StreamResponse:
+    """Send what may be large: made in a thread, and written as fast as the client reads."""
+    encoded = await asyncio.to_thread(encode)
+    response = web.StreamResponse(headers={**_JSON_HEADERS, "Content-Length": str(sum(map(len, encoded)))})
+    await response.prepare(request)
+    with suppress(ConnectionError):
+        for piece in encoded:
+            await response.write(piece)
+        await response.write_eof()
+    return response
+
+
+def _encode_list(items: Iterable[object]) -> list[bytes]:
+    encoded = [b"["]
+    for number, item in enumerate(items):
+        encoded += [b", " if number else b"", *pieces.encode_json(item)]
+    return [*encoded, b"]"]
 
 
 def _failed(error: RequestError) -> web.Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from sandbox_image.box.blueprint import Blueprint
 from sandbox_image.box.box import Box
@@ -95,16 +95,19 @@ class HostedSlot:
         self.defences: dict[str, Defence] = {}
         """What was found when its box started."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs or it is being reset."""
+        return self._turn.locked()
+
     def state(self) -> SlotState:
         """What it is at the moment."""
         box = self._boxes.box
-        state = "failed" if box is None or not box.alive else "ready"
-        if self._turn.locked():
+        state: Literal["ready", "busy", "failed"] = "failed" if box is None or not box.alive else "ready"
+        if self.busy:
             state = "busy"
         layer = None if self._workspace is None or self._workspace.layer is None else self._workspace.layer.name
-        return SlotState.from_json(
-            {"slot_id": self.slot_id, "lease": self.lease, "state": state, "layer": layer, "network": self._network}
-        )
+        return SlotState(self.slot_id, self.lease, state, layer, self._network)
 
     async def start(self) -> None:
         """Make an empty workspace and a box around it.
@@ -153,7 +156,7 @@ class HostedSlot:
         self._check_lease(lease)
         return answer
 
-    def recording(self, request: ArtifactReadRequest) -> ArtifactContent:
+    async def recording(self, request: ArtifactReadRequest) -> ArtifactContent:
         """What the slot's terminal has shown since the last reset.
 
         Raises:
@@ -163,7 +166,7 @@ class HostedSlot:
         content = b"" if self._terminals is None else self._terminals.recording()
         if not content:
             raise RequestError(ErrorKind.NOT_FOUND, f"{request.path}: no terminal was started")
-        return contain(request, content)
+        return await asyncio.to_thread(contain, request, content)
 
     async def reset(self, layer: str | None, *, network: bool, for_layer: bool = False) -> SlotState:
         """End the running call and start again with a new workspace, box and lease.

@@ -17,6 +17,7 @@ from sandbox_image.box.channel import InitChannel, Reply
 from sandbox_image.box.defences import Defence, check_required, inspect, read_limits
 from sandbox_image.box.network import PORT, BoxProxy, NetworkPolicy
 from sandbox_image.errors import BoxError, ToolError
+from sandbox_image.kernel import linux
 from sandbox_image.kernel.cgroups import SlotGroup
 
 START_TIMEOUT_S = 30.0
@@ -237,16 +238,18 @@ class Box:
         self.used = True
         loop = asyncio.get_running_loop()
         call = self._call = _Call(self._channel.new_number(), sink)
-        timer = loop.call_later(timeout_s, self._expire, call)
         try:
-            reply = await self._channel.ask(b"run", call.number, cwd, *variables, command)
+            answer = await self._channel.ask(b"run", call.number, cwd, *variables, command)
+            timer = loop.call_later(timeout_s, self._expire, call)
+            try:
+                reply = await answer
+            finally:
+                timer.cancel()
         except BaseException:
             # Whatever interrupts the wait, a command that nobody waits for must not run on.
-            self._call = None
             self.doom("a call was abandoned")
             raise
         finally:
-            timer.cancel()
             self._call = None
         if reply.kind == b"error":
             return CommandEnd(None, error=reply.text.decode(errors="replace"))
@@ -357,7 +360,7 @@ class Box:
             raise BoxError(self.verdict)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                reply = await self._channel.ask(kind, number, *parts, descriptors=descriptors)
+                reply = await (await self._channel.ask(kind, number, *parts, descriptors=descriptors))
         except TimeoutError:
             self.doom("its init did not answer")
             raise BoxError(self.verdict) from None
@@ -381,22 +384,25 @@ class Box:
             self.doom("its init did not answer")
 
     def _drain(self) -> None:
-        """When a command's end is reported, everybody who could write is dead: what is in the pipe then is all there is."""
-        while self._on_output():
-            pass
+        """Take what is in the pipe now: when a command's end is reported, all that it has printed is.
 
-    def _on_output(self) -> bool:
-        """Take what is in the pipe; whether there was something."""
+        Not what is added meanwhile: a kept command may have opened the pipe, and write for ever.
+        """
+        left = linux.bytes_in_pipe(self._output)
+        while left > 0 and (size := self._on_output()):
+            left -= size
+
+    def _on_output(self) -> int:
+        """Read once; how many bytes there were."""
         try:
             size = os.readv(self._output, (self._buffer,))
         except BlockingIOError:
-            return False
+            return 0
         if size == 0:
             asyncio.get_running_loop().remove_reader(self._output)
-            return False
-        if self._call is not None:
+        elif self._call is not None:
             self._call.sink(self._buffer[:size])
-        return True
+        return size
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._exit_fd)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sandbox_image import pieces
 from sandbox_image.errors import BoxError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 
@@ -89,34 +90,44 @@ class InitChannel:
         """Nobody waits for that kept command any more."""
         self._exits.pop(number, None)
 
-    async def ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> Reply:
-        """Give an order and wait for its answer.
-
-        Raises:
-            BoxError: the init does not take it, or is gone before it answers.
-        """
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
-        try:
-            self.order(kind, number, *parts, descriptors=descriptors)
-            return await answer
-        finally:
-            del self._answers[number]
-
-    def order(self, *parts: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Give an order, without waiting for an answer.
+    async def ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> asyncio.Future[Reply]:
+        """Send an order that is answered; the future reply, which is a `BoxError` if the init is gone before.
 
         Raises:
             BoxError: the init does not take it.
         """
-        packet = b"\0".join(parts)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
         try:
-            if len(packet) > PACKET_BYTES:
-                with open(os.memfd_create("message"), "wb") as file:
-                    file.write(packet)
-                    file.flush()
-                    socket.send_fds(self._socket, [BY_REFERENCE], [file.fileno()])
-            elif descriptors:
+            head, last = b"\0".join((kind, number, *parts[:-1], b"")), parts[-1]
+            if len(head) + len(last) <= PACKET_BYTES:
+                self._send(head + last, descriptors)
+            else:
+                await self._send_by_reference(head, last, descriptors)
+        except BaseException:
+            del self._answers[number]
+            raise
+        return answer
+
+    def order(self, kind: bytes, number: bytes) -> None:
+        """Send an order that is not answered.
+
+        Raises:
+            BoxError: the init does not take it.
+        """
+        self._send(b"\0".join((kind, number)), ())
+
+    async def _send_by_reference(self, head: bytes, last: bytes, descriptors: Sequence[int]) -> None:
+        file = os.memfd_create("message")
+        try:
+            await pieces.fill(file, head, last)
+            self._send(BY_REFERENCE, (file, *descriptors))
+        finally:
+            os.close(file)
+
+    def _send(self, packet: bytes, descriptors: Sequence[int]) -> None:
+        try:
+            if descriptors:
                 socket.send_fds(self._socket, [packet], list(descriptors))
             else:
                 self._socket.send(packet)
@@ -145,7 +156,7 @@ class InitChannel:
         self._on_reply()
         kind, number, text = packet.split(b"\0")
         descriptors = [_DESCRIPTOR.unpack_from(payload)[0] for _, _, payload in ancillary]
-        answer, end = self._answers.get(number), self._exits.get(number)
+        answer, end = self._answers.pop(number, None), self._exits.get(number)
         if kind == b"exit" and end is not None:
             del self._exits[number]
             if not end.done():

@@ -31,6 +31,8 @@ ENVIRONMENT = {
 MAX_HEADER_BYTES = 64 * 1024
 MAX_CONNECTIONS = 128
 MAX_LOOKUPS = 4
+MAX_ADDRESSES = 16
+"""How many addresses of a host are looked at; whoever has the name decides how many it has."""
 HEADER_TIMEOUT_S = 30.0
 LOOKUP_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 15.0
@@ -246,7 +248,7 @@ class BoxProxy:
         await self._lookups.acquire()
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-                return await _resolve(host, port, self._lookups)
+                return (await _resolve(host, port, self._lookups))[:MAX_ADDRESSES]
         except TimeoutError:
             raise _RefusalError("504 Gateway Timeout", f"no answer to the question where {host} is") from None
         except (OSError, UnicodeError) as error:

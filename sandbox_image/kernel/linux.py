@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
+import fcntl
 import os
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -151,6 +154,13 @@ def user_namespace(users: dict[int, int]) -> int:
         os.waitpid(child, 0)
         for descriptor in (*ready, *go):
             os.close(descriptor)
+
+
+def bytes_in_pipe(descriptor: int) -> int:
+    """How much can be read from a pipe now."""
+    count = array.array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, count)
+    return count[0]
 
 
 def enter_own_mounts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Iterator
@@ -35,9 +36,18 @@ class FrozenLayer:
     references: int = 0
     listed: bool = True
 
+    def is_unused(self) -> bool:
+        """Whether it may go when there is no room."""
+        return self.evictable and self.listed and self.references == 0
+
     def chain(self) -> list[FrozenLayer]:
         """This layer and all below it, from the top."""
-        return [self] if self.base is None else [self, *self.base.chain()]
+        chain = []
+        layer: FrozenLayer | None = self
+        while layer is not None:
+            chain.append(layer)
+            layer = layer.base
+        return chain
 
 
 class Layers:
@@ -136,12 +146,16 @@ class Layers:
 
         What stands below a slot or another layer stays.
         """
-        while self.size + size > self._max_bytes:
-            unused = [layer for layer in self._layers.values() if layer.evictable and layer.references == 0]
-            if not unused:
-                return False
-            self._unlist(min(unused, key=lambda layer: layer.last_use))
-        return True
+        if self.size + size <= self._max_bytes:
+            return True
+        unused = [(layer.last_use, layer) for layer in self._layers.values() if layer.is_unused()]
+        heapq.heapify(unused)
+        while unused and self.size + size > self._max_bytes:
+            layer = heapq.heappop(unused)[1]
+            self._unlist(layer)
+            if layer.base is not None and layer.base.is_unused():
+                heapq.heappush(unused, (layer.base.last_use, layer.base))
+        return self.size + size <= self._max_bytes
 
     def _unlist(self, layer: FrozenLayer) -> None:
         del self._layers[layer.name]

@@ -5,9 +5,7 @@ All of it blocks: run it in a thread.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import heapq
 import io
 import os
 import stat
@@ -17,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox_image import pieces
 from sandbox_image.errors import OutsideWorkspaceError, RequestError, ToolError
 from sandbox_image.protocol import (
     ArtifactArchive,
@@ -58,10 +57,10 @@ def contain(request: ArtifactReadRequest, content: bytes) -> ArtifactContent:
     if len(content) > request.max_bytes:
         raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: more than the limit of {request.max_bytes} bytes")
     if request.encoding == "base64":
-        text = base64.b64encode(content).decode("ascii")
+        text = pieces.encode_base64(content)
     else:
         try:
-            text = content.decode("utf-8")
+            text = pieces.decode_text(content)
         except UnicodeDecodeError as error:
             message = f"{request.path}: not UTF-8 text (byte {error.start}); ask for encoding base64"
             raise RequestError(ErrorKind.BAD_REQUEST, message) from error
@@ -91,7 +90,7 @@ def listing(files: WorkspaceFiles, request: ArtifactListRequest) -> ArtifactList
                     "mode": stat.S_IMODE(entry.status.st_mode),
                 }
             )
-    entries.sort(key=lambda entry: str(entry["path"]))
+    entries = pieces.smallest(entries, len(entries), key=lambda entry: str(entry["path"]))
     return ArtifactListing(entries, truncated or (request.recursive and walk.too_deep))
 
 
@@ -120,7 +119,7 @@ def archive(files: WorkspaceFiles, request: ArtifactArchiveRequest) -> ArtifactA
         if walk.too_deep:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: more than {MAX_DEPTH} directories inside of each other")
     content = packed.getvalue()
-    return ArtifactArchive(base64.b64encode(content).decode("ascii"), len(content), count)
+    return ArtifactArchive(pieces.encode_base64(content), len(content), count)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class _Walk:
     def _below(self, directory: int, prefix: str, depth: int) -> Iterator[_Entry]:
         with os.scandir(directory) as found:
             # No more names than can be asked for are kept of a directory that somebody filled to exhaust us.
-            names = heapq.nsmallest(self._limit, (entry.name for entry in found))
+            names = pieces.smallest((entry.name for entry in found), self._limit)
         for name in names:
             try:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import codecs
 import errno
 import os
@@ -11,6 +10,7 @@ import stat
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from sandbox_image import pieces
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import MAX_FILE_BYTES, ExecutionResult, Range, Wire
 from sandbox_image.storage.paths import WorkspaceFiles
@@ -51,7 +51,7 @@ def read_file(files: WorkspaceFiles, arguments: ReadFileArguments) -> ExecutionR
         raise ToolError(f"{path}: {error.strerror}") from error
     truncated = found.st_size > len(content)
     if arguments.encoding == "base64":
-        output = base64.b64encode(content).decode("ascii")
+        output = pieces.encode_base64(content)
     else:
         try:
             # A character that the cut has split is left out, not an error.
@@ -92,8 +92,8 @@ def read_up_to(descriptor: int, limit: int) -> bytes:
 def _decode(arguments: WriteFileArguments) -> bytes:
     try:
         if arguments.encoding == "base64":
-            return base64.b64decode(arguments.content, validate=True)
-        return arguments.content.encode("utf-8", "surrogateescape")
+            return pieces.decode_base64(arguments.content)
+        return pieces.encode_text(arguments.content)
     except UnicodeEncodeError as error:
         raise ToolError(f"content: contains a lone surrogate at character {error.start}, which is not text") from error
     except ValueError as error:

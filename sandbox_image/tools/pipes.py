@@ -10,6 +10,8 @@ import asyncio
 import os
 from collections.abc import Callable
 
+from sandbox_image.kernel import linux
+
 _READ_BYTES = 65536
 
 
@@ -41,9 +43,11 @@ class NamedPipe:
         self._sink = sink
 
     def drain(self) -> None:
-        """Take what is in it now."""
-        while self._take():
-            pass
+        """Take what is in it now; not what is added meanwhile, which may never end."""
+        left = linux.bytes_in_pipe(self.read_end)
+        # Once at least, to notice the end.
+        while (size := self._take()) and size < left:
+            left -= size
 
     def leave(self, sink: Callable[[bytes], None]) -> None:
         """Give what comes later to another sink, until the last writer has closed it: then it is not in use any more."""
@@ -62,19 +66,20 @@ class NamedPipe:
     def _on_readable(self) -> None:
         self._take()
 
-    def _take(self) -> bool:
+    def _take(self) -> int:
+        """Read once; how many bytes there were."""
         if self._sink is None:
-            return False
+            return 0
         try:
             chunk = os.read(self.read_end, _READ_BYTES)
         except BlockingIOError:
-            return False
+            return 0
         if chunk:
             self._sink(chunk)
-            return True
-        asyncio.get_running_loop().remove_reader(self.read_end)
-        self._sink = None
-        return False
+        else:
+            asyncio.get_running_loop().remove_reader(self.read_end)
+            self._sink = None
+        return len(chunk)
 
     def _close_write_end(self) -> None:
         if self._write_end is not None:

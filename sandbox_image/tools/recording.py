@@ -52,13 +52,13 @@ class Recording:
         """What has come since this was last asked, one line at least if there is one, and whether there is more."""
         if from_start:
             self._read = 0
-        taken: list[bytes] = []
-        for line in self._lines[self._read :]:
-            if taken and sum(map(len, taken)) + len(line) > max_bytes:
+        start, size = self._read, 0
+        while self._read < len(self._lines):
+            size += len(self._lines[self._read])
+            if size > max_bytes and self._read > start:
                 break
-            taken.append(line)
-        self._read += len(taken)
-        return taken, self._read < len(self._lines)
+            self._read += 1
+        return self._lines[start : self._read], self._read < len(self._lines)
 
     def _event(self, kind: str, data: str) -> None:
         if not self.full:

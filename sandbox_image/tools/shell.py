@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
+from sandbox_image import pieces
 from sandbox_image.box.box import Box
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, Range, Wire
@@ -77,7 +78,7 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
         ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
         BoxError: the box died.
     """
-    command = encoded("command", arguments.command)
+    command = await encoded_command(arguments.command)
     cwd, variables = relative_to_workspace(arguments.cwd), variables_of(arguments.env)
     buffer = OutputBuffer(arguments.max_output_bytes)
     start = time.monotonic()
@@ -103,6 +104,11 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
     )
 
 
+async def encoded_command(text: str) -> bytes:
+    """As `encoded`, of a text that may be long."""
+    return await pieces.offload(len(text), lambda: encoded("command", text))
+
+
 def encoded(what: str, text: str) -> bytes:
     """A text as the bytes that a program gets.
 
@@ -112,7 +118,7 @@ def encoded(what: str, text: str) -> bytes:
     if "\0" in text:
         raise ToolError(f"{what}: contains a NUL character")
     try:
-        return text.encode("utf-8", "surrogateescape")
+        return pieces.encode_text(text)
     except UnicodeEncodeError as error:
         raise ToolError(f"{what}: contains a lone surrogate at character {error.start}, which is not text") from error
 
@@ -123,9 +129,13 @@ def variables_of(env: Mapping[str, str] | None) -> list[bytes]:
     Raises:
         ToolError: a name or value that cannot be one, or too much of them.
     """
-    variables = [_variable(name, value) for name, value in (env or {}).items()]
-    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
-        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
+    variables = []
+    size = 0
+    for name, value in (env or {}).items():
+        variables.append(_variable(name, value))
+        size += len(variables[-1])
+        if size > MAX_ENVIRONMENT_BYTES:
+            raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
     return variables
 
 

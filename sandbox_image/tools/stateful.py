@@ -18,11 +18,12 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
+from sandbox_image import pieces
 from sandbox_image.box.box import Box, KeptCommand
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import ExecutionResult
 from sandbox_image.tools.pipes import NamedPipe
-from sandbox_image.tools.shell import BashArguments, OutputBuffer, encoded, relative_to_workspace, variables_of
+from sandbox_image.tools.shell import BashArguments, OutputBuffer, encoded_command, relative_to_workspace, variables_of
 
 INTERRUPT_GRACE_S = 1.0
 """How long each attempt to interrupt a command may take."""
@@ -99,7 +100,7 @@ class StatefulShell:
             ToolError: the command cannot be passed to a shell, or none can be started.
             BoxError: the box died.
         """
-        command = encoded("command", arguments.command)
+        command = await encoded_command(arguments.command)
         output = OutputBuffer(arguments.max_output_bytes)
         start = time.monotonic()
         restarted = False
@@ -212,7 +213,7 @@ class _Session:
             BoxError: the box died.
         """
         os.ftruncate(self._command, 0)
-        os.pwrite(self._command, command, 0)
+        await pieces.fill(self._command, command)
         number = next((number for number, pipe in enumerate(self._outputs) if not pipe.in_use), 0)
         # If as many calls as there are pipes have left jobs behind that hold theirs, some of those share a pipe with this call.
         pipe = self._outputs[number]
@@ -314,9 +315,12 @@ class _Session:
         *lines, self._heard = (self._heard + chunk).split(b"\n")
         # Only the shell's own reports are short lines; nothing else needs to be remembered.
         self._heard = self._heard[-100:]
+        prefix = f"{self._token} ".encode()
         for line in lines:
-            match line.split():
-                case [token, b"began", pid] if token == self._token.encode() and pid.isdigit():
+            if not line.startswith(prefix):
+                continue
+            match line.removeprefix(prefix).split():
+                case [b"began", pid] if pid.isdigit():
                     self._shell_pid = int(pid)
-                case [token, b"ended", code] if token == self._token.encode() and code.isdigit() and not self._ended.done():
+                case [b"ended", code] if code.isdigit() and not self._ended.done():
                     self._ended.set_result(int(code))

@@ -59,7 +59,7 @@ class TmuxArguments(Wire):
         Raises:
             ProtocolError: a key is not a string.
         """
-        if not all(isinstance(text, str) for text in self.texts):
+        if not set(map(type, self.texts)) <= {str}:
             raise ProtocolError("field 'keys' must be a string or a list of strings")
 
 

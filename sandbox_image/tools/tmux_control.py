@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from sandbox_image.errors import ToolError
 
 _READ_BYTES = 65536
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE = 1 << 18
 _LONGEST_ANSWER = 16 << 20
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 _LAYOUT = re.compile(rb"%layout-change @\d+ [0-9a-f]+,(\d+)x(\d+),")
@@ -169,17 +169,16 @@ class ControlClient:
             self._on_resize(int(layout[1]), int(layout[2]))
 
     def _on_block(self, block: list[bytes], *, refused: bool) -> None:
-        text = b" ".join(block).decode(errors="replace")
+        complaint = f"tmux: {b' '.join(block).decode(errors='replace')}" if refused else ""
         if not self._ours:
-            if refused:
-                self._complaint = f"tmux: {text}"
+            self._complaint = complaint or self._complaint
             return
         if not self._questions:
             return
         question = self._questions[0]
         question.received.append(block)
         if refused:
-            self._fail(self._questions.popleft(), f"tmux: {text}")
+            self._fail(self._questions.popleft(), complaint)
         elif len(question.received) == question.blocks:
             self._questions.popleft()
             if not question.answer.done():

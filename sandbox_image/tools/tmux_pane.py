@@ -151,7 +151,7 @@ class Pane:
         Raises:
             ToolError: the text is no text, or the terminal ended before it was typed.
         """
-        commands = [command for text in texts for command in _commands_for(text, literal=literal)]
+        commands = await asyncio.to_thread(_commands_for, texts, literal)
         before = await self._look()
         for command in commands:
             await self._client.ask(command)
@@ -268,7 +268,11 @@ class Pane:
         self._recording.output(chunk)
 
 
-def _commands_for(text: str, *, literal: bool) -> list[str]:
+def _commands_for(texts: Sequence[str], literal: bool) -> list[str]:
+    return [command for text in texts for command in _commands_of(text, literal)]
+
+
+def _commands_of(text: str, literal: bool) -> list[str]:
     if not literal and is_key_name(text):
         quoted = f'"{text}"' if "'" in text else f"'{text}'"
         return [f"send-keys -t %0 -- {quoted}"]
