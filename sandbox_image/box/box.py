@@ -21,8 +21,10 @@ from sandbox_image.kernel import linux
 from sandbox_image.kernel.cgroups import SlotGroup
 
 START_TIMEOUT_S = 30.0
-KILL_MARGIN_S = 5.0
-"""How long the init may take to kill a command that ran out of time before the whole box is given up."""
+KILL_MARGIN_S = 4.0
+"""An init that is to kill a command whose time is over, and does nothing for so long, is given up."""
+MAX_KILL_S = 12.0
+"""How long it may take where processors are scarce and processes many: less than clients wait beyond a call's timeout."""
 _PIPE_READ = 65536
 
 
@@ -85,6 +87,7 @@ class Box:
     used: bool = False
     """Whether a command has been started in it."""
     _proxy: BoxProxy | None = None
+    _init: int = 0
     _init_fd: int | None = None
     _call: _Call | None = None
     _verdict: str | None = None
@@ -174,7 +177,9 @@ class Box:
     async def _take_charge(self, init: int) -> None:
         """Put the init under the limits of its slot, before it has started anything."""
         try:
-            self._init_fd = os.pidfd_open(init)
+            self._init, self._init_fd = init, os.pidfd_open(init)
+            # With a thousand processes beside it, it would have to wait for many seconds until it can kill them.
+            linux.schedule_first(init)
             # The kernel may let whoever moves a process wait for all processors, for 10 ms and more.
             await asyncio.to_thread(self._group.add, init)
         except OSError as error:
@@ -377,11 +382,22 @@ class Box:
         except BoxError as error:
             self.doom(str(error))
             return
-        asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._give_up, call)
+        self._await_kill(call, asyncio.get_running_loop().time() + MAX_KILL_S)
 
-    def _give_up(self, call: _Call) -> None:
-        if call is self._call:
+    def _await_kill(self, call: _Call, deadline: float, ran_s: float = -1.0) -> None:
+        """Look from time to time whether the init, which has run for `ran_s`, is still at work."""
+        if call is not self._call:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            now_s = linux.processor_time(self._init)
+        except OSError:
+            # Its end is about to be noticed.
+            return
+        if now_s == ran_s or loop.time() > deadline:
             self.doom("its init did not answer")
+        else:
+            loop.call_later(KILL_MARGIN_S, self._await_kill, call, deadline, now_s)
 
     def _drain(self) -> None:
         """Take what is in the pipe now: when a command's end is reported, all that it has printed is.

@@ -19,7 +19,7 @@ from sandbox_image.tools.tmux_control import ControlClient, LineReader
 
 MAX_KEYS_BYTES = 1_000_000
 HISTORY_LINES = 2000
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 _KEYS_AT_ONCE = 2000
 _POLL_S = 0.02
 _POLLS_AT_REST = 3
