@@ -23,7 +23,7 @@ class SlotServerError(Exception):
     """Any failure that the slot server knows by name."""
 
     def __init__(self, message: str) -> None:
-        # Names of files and what callers send are part of messages, and may hold anything.
+        # Messages quote file names and requests, which may contain anything.
         super().__init__(_CONTROL_CHARACTER.sub(lambda found: repr(found[0])[1:-1], message[:MAX_MESSAGE_CHARACTERS]))
 
 

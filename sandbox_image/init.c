@@ -1,10 +1,10 @@
-/* The init of a box, compiled: the same messages and promises as init.py, a hundredth of its memory, and commands that start faster.
+/* The init of a box, compiled: does the same as init.py with a hundredth of its memory, and starts commands faster.
  *
  *     LD_PRELOAD=libinit.so /bin/sh -c "CONTROL OUTPUT LIMITS"
  *
- * A library that turns /bin/sh into PID 1 of a box. Its constructor runs when the shell is loaded and linked but has not begun, and
- * serves there for ever. A command is a fork of that process in which the constructor returns, so that the shell goes on and finds
- * the command among its arguments: a fresh shell without the cost of loading one. See init.py for the messages. Built by
+ * A library that turns /bin/sh into PID 1 of a box. Its constructor runs when the shell is loaded and linked, before its main
+ * function, and never returns in PID 1. A command is a fork of that process in which the constructor returns, so that the shell
+ * starts with the command among its arguments: a fresh shell without the cost of loading one. See init.py for the messages. Built by
  * `python -m sandbox_image.compile_init`.
  */
 #define _GNU_SOURCE
@@ -43,7 +43,7 @@ struct message {
     size_t descriptor_count;
 };
 
-/* A process that was started for the server: the running command, or the keeper of one that outlives calls. */
+/* A process that was started for the server: the running command, or the keeper of a kept one. */
 struct child {
     pid_t pid;
     int status;
@@ -51,7 +51,7 @@ struct child {
     char number[24];
 };
 
-/* A fork continues as a shell; the init never does. */
+/* Which process returns from a function that forks: the init, or a fork that is to become a shell. */
 enum role { INIT, SHELL };
 
 static int control, output, null_input, workspace;
@@ -100,7 +100,7 @@ static void say_exit(const char *number, int status) {
     say("exit", number, code);
 }
 
-/* -- Who is there, and who has to go ------------------------------------------------------------------------------------------ */
+/* -- Processes ---------------------------------------------------------------------------------------------------------------- */
 
 static void note_end(pid_t pid, int status) {
     struct child *child = pid == command.pid ? &command : NULL;
@@ -160,7 +160,7 @@ static ssize_t list_processes(struct process **list) {
         if (length <= 0)
             continue;
         line[length] = '\0';
-        /* The name is in brackets and may hold anything, brackets and spaces included. */
+        /* The name is in brackets and may contain anything, brackets and spaces included. */
         if ((after_name = strrchr(line, ')')) == NULL || strlen(after_name) < 5)
             continue;
         if (count == room && (*list = realloc(*list, (room = 2 * room + 64) * sizeof **list)) == NULL)
@@ -211,7 +211,7 @@ static enum descent descent_of(struct process *process, struct process *list, si
     return answer;
 }
 
-/* Kill whoever does not descend from a keeper; how many there were, those included of whom it is not known. */
+/* Kill all processes that do not descend from a keeper; how many there were, those included of which it is not known. */
 static size_t kill_strangers(void) {
     struct process *list;
     ssize_t count = list_processes(&list);
@@ -226,7 +226,7 @@ static size_t kill_strangers(void) {
     return strangers;
 }
 
-/* Leave nobody but those who are kept; whoever outruns that takes them along. */
+/* Kill all processes but kept ones; if that does not succeed, because others fork too fast, kill those as well. */
 static void clear(void) {
     if (somebody_is_kept()) {
         for (int pass = 0; pass < MOST_PASSES; pass++) {
@@ -264,7 +264,7 @@ static void read_file(struct message *message) {
     close(file);
 }
 
-/* The next message; does not return when the server is gone. */
+/* The next message; ends the process when the connection has ended. */
 static struct message receive(void) {
     struct message message = {.bytes = malloc(PACKET_BYTES + 1)};
     union {
@@ -321,7 +321,7 @@ static char **environment_with(char **variables, size_t count) {
 static void become_shell(const struct message *order, const int *descriptors, size_t count) {
     char *text = order->parts[order->count - 1];
     setsid();
-    /* Out of the way first: a source may lie where another one has to go. */
+    /* Duplicated first: one of them may have the number that another one is to get. */
     int sources[MOST_DESCRIPTORS];
     for (size_t at = 0; at < count; at++)
         sources[at] = descriptors[at] < (int)count ? fcntl(descriptors[at], F_DUPFD, (int)count) : descriptors[at];
@@ -330,7 +330,7 @@ static void become_shell(const struct message *order, const int *descriptors, si
     syscall(SYS_close_range, (unsigned)count, ~0U, 0);
     if (order->count > 4)
         environ = environment_with(order->parts + 3, order->count - 4);
-    /* What `ps` shows is where the arguments lay at the start. */
+    /* `ps` shows the memory in which the arguments were at the start. */
     size_t room = strlen(shell_arguments[2]);
     strncpy(shell_arguments[2], text, room);
     shell_arguments[0] = "sh";
@@ -338,7 +338,7 @@ static void become_shell(const struct message *order, const int *descriptors, si
     signal(SIGCHLD, SIG_DFL);
     signal(SIGINT, SIG_DFL);
     sigprocmask(SIG_SETMASK, &no_signals, NULL);
-    /* Only now: whoever can trace this process must not find our control socket in it. */
+    /* Not before the control socket is closed: from now on other commands can trace this process. */
     prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
@@ -368,7 +368,7 @@ static pid_t fork_in(const char *cwd) {
 
 static enum role run(const struct message *order) {
     const int streams[] = {null_input, output, output};
-    /* An earlier command may have made the pipe non-blocking, as Node.js does; that is a property of the pipe's open end. */
+    /* An earlier command may have made the pipe non-blocking, as Node.js does; the open file description is shared. */
     fcntl(output, F_SETFL, 0);
     pid_t pid = fork_in(order->parts[2]);
     if (pid == 0) {
@@ -383,12 +383,12 @@ static enum role run(const struct message *order) {
 }
 
 static void interrupt_kept_shell(int number) {
-    /* Before it has a group of its own, the interrupt waits for it to take signals. */
+    /* Before the shell has a process group of its own; there the signal stays pending until it is unblocked. */
     if (kill(-kept_shell, number) < 0)
         kill(kept_shell, number);
 }
 
-/* In a fork: stay as the one to whom all that is started from here comes back, and end as the shell ends. */
+/* In a fork: become the child subreaper of a kept command, and end with the exit status of its shell. */
 static enum role keep_shell(const struct message *order) {
     setsid();
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
@@ -477,7 +477,7 @@ static enum role obey(const struct message *order) {
         return run(order);
     if (strcmp(kind, "keep") == 0 && order->count >= 4)
         return keep(order);
-    /* A `kill` that crossed the `exit` of its command on the way finds nobody. */
+    /* The command may have ended while the order was on its way. */
     if (strcmp(kind, "kill") == 0)
         kill_child(number);
     else if (strcmp(kind, "interrupt") == 0)
@@ -489,7 +489,7 @@ static enum role obey(const struct message *order) {
     return INIT;
 }
 
-/* Report what has ended, after everything that it left behind has. */
+/* Report the commands that have ended, after the processes that they left behind have been killed. */
 static void settle(void) {
     int ended = 0;
     for (size_t at = 0; at < kept_count; at++)
@@ -542,7 +542,7 @@ static void set_limits(const char *limits) {
     }
 }
 
-/* What the server checks before it trusts a box: see `facts` in init.py. */
+/* Report what the server checks before it uses a box: see `facts` in init.py. */
 static void introduce(void) {
     static const char *const closed[] = {"/", "/usr", "/etc", "/dev"};
     static const char *const namespaces[] = {"user", "pid", "net", "ipc", "uts", "mnt", "cgroup"};
@@ -587,7 +587,7 @@ __attribute__((constructor)) static void begin(int count, char **arguments, char
     if (count != 3 || getenv("LD_PRELOAD") == NULL)
         return;
     unsetenv("LD_PRELOAD");
-    /* Asked whether a shell of this machine loads us; one that does not does as it is told. */
+    /* The check whether the shell of this machine loads this library: one that does not exits with status 1. */
     if (strcmp(arguments[2], "exit 1") == 0)
         _exit(0);
     if (getpid() != 1 || sscanf(arguments[2], "%d %d %n", &control, &output, &limits) != 2)
@@ -601,18 +601,18 @@ __attribute__((constructor)) static void begin(int count, char **arguments, char
     workspace = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     for (int number = 1; number < 32; number++)
         signal(number, SIG_DFL);
-    /* A child's end interrupts the wait for orders, and nothing else. */
+    /* The end of a child interrupts the wait for orders, and nothing else. */
     struct sigaction on_child = {.sa_handler = be_woken};
     sigset_t on_hold;
     sigemptyset(&no_signals);
     sigemptyset(&on_hold);
     sigaddset(&on_hold, SIGCHLD);
-    /* For keepers, who take none before they know whom it is for. */
+    /* A keeper must not handle an interrupt before it knows the shell to pass it on to. */
     sigaddset(&on_hold, SIGINT);
     sigprocmask(SIG_SETMASK, &on_hold, NULL);
     sigaction(SIGCHLD, &on_child, NULL);
     introduce();
-    /* Commands run as the same user: without this they could trace us, or take the control socket and answer in our name. */
+    /* Commands run as the same user: without this they could trace this process, or take the control socket and forge replies. */
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     serve();
 }

@@ -1,6 +1,6 @@
-"""Files of a workspace for whoever owns the slot: read one, list a directory, pack a directory.
+"""The artifact routes: read a file of a workspace, list a directory, pack a directory.
 
-All of it blocks: run it in a thread.
+All of these functions block: run them in a thread.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sandbox_image.protocol import (
     ArtifactReadRequest,
     ErrorKind,
 )
-from sandbox_image.storage.paths import DIRECTORY_FLAGS, WorkspaceFiles
+from sandbox_image.storage.workspace_files import DIRECTORY_FLAGS, WorkspaceFiles
 from sandbox_image.tools.files import read_up_to
 
 MAX_DEPTH = 128
-"""Directories inside of each other that a listing or an archive goes into; each of them is open while it does."""
+"""How deep a listing or an archive goes; each directory on the way is held open."""
 MAX_UNPACKED_BYTES = 1024**3
-"""What an archive may unpack to: a few bytes of it can stand for very many."""
+"""The largest unpacked size of an archive, against decompression bombs."""
 
 
 def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent:
@@ -41,7 +41,7 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
     Raises:
         RequestError: not found, outside of the workspace, not a regular file, too large, not text.
     """
-    with _blame(request.path), files.file(request.path) as (descriptor, found):
+    with _as_request_errors(request.path), files.file(request.path) as (descriptor, found):
         if found.st_size > request.max_bytes:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: {found.st_size} bytes, the limit is {request.max_bytes}")
         content = read_up_to(descriptor, request.max_bytes + 1)
@@ -49,7 +49,7 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
 
 
 def contain(request: ArtifactReadRequest, content: bytes) -> ArtifactContent:
-    """The answer that carries some content.
+    """The answer with this content.
 
     Raises:
         RequestError: too large, not text.
@@ -76,7 +76,7 @@ def listing(files: WorkspaceFiles, request: ArtifactListRequest) -> ArtifactList
     """
     entries: list[dict[str, Any]] = []
     truncated = False
-    with _blame(request.path), files.directory(request.path) as top:
+    with _as_request_errors(request.path), files.directory(request.path) as top:
         walk = _Walk(top, request.max_entries + 1, MAX_DEPTH if request.recursive else 1)
         for entry in walk.entries():
             if len(entries) == request.max_entries:
@@ -103,7 +103,7 @@ def archive(files: WorkspaceFiles, request: ArtifactArchiveRequest) -> ArtifactA
     packed = _Bounded(request.path, request.max_bytes)
     count = 0
     unpacked = 0
-    with _blame(request.path), files.directory(request.path) as top:
+    with _as_request_errors(request.path), files.directory(request.path) as top:
         walk = _Walk(top, request.max_entries + 1, MAX_DEPTH)
         with tarfile.open(fileobj=packed, mode="w:gz", format=tarfile.PAX_FORMAT, compresslevel=6) as tar:
             for entry in walk.entries():
@@ -131,7 +131,7 @@ class _Entry:
 
 
 class _Walk:
-    """Goes through a tree in order of names, by open directories, without following links."""
+    """Visits a tree in the order of names, through open directories, without following links."""
 
     def __init__(self, top: int, limit: int, depth: int) -> None:
         self._top = top
@@ -140,12 +140,12 @@ class _Walk:
         self.too_deep = False
 
     def entries(self) -> Iterator[_Entry]:
-        """Each entry once, directories before what is in them. What vanishes meanwhile is left out."""
+        """Every entry, directories before their content. Entries that vanish meanwhile are left out."""
         yield from self._below(self._top, "", self._depth)
 
     def _below(self, directory: int, prefix: str, depth: int) -> Iterator[_Entry]:
         with os.scandir(directory) as found:
-            # No more names than can be asked for are kept of a directory that somebody filled to exhaust us.
+            # The memory is limited, however many entries the directory has.
             names = pieces.smallest((entry.name for entry in found), self._limit)
         for name in names:
             try:
@@ -181,7 +181,7 @@ class _Bounded(io.BytesIO):
 
 
 class _Padded(io.RawIOBase):
-    """A file that always has the size it was announced with, although it may shrink while it is read."""
+    """A file that is padded to its announced size if it shrinks while it is read."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -220,8 +220,8 @@ def _kind(status: os.stat_result) -> str:
 
 
 @contextmanager
-def _blame(path: str) -> Iterator[None]:
-    """Turn what the file system says about a path into the error of the request."""
+def _as_request_errors(path: str) -> Iterator[None]:
+    """Turn the errors of the file system about a path into request errors."""
     try:
         yield
     except OutsideWorkspaceError as error:
