@@ -32,12 +32,11 @@ from hermes_envs.errors import (
 )
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import Message, Policy, Reference
-from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.rollouts.agent import Agent, AgentOptions
 from hermes_envs.rollouts.group import Group, InfrastructureFailure
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, Trajectory
 from hermes_envs.runs import command_line
-from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
+from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, checked_servers, flushing_writer, start_wandb
 from hermes_envs.runs.group_queue import GroupQueue
 from hermes_envs.runs.html_report import write_html_report
 from hermes_envs.runs.summary import Reporter, Summary
@@ -107,6 +106,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     needs_sandbox: ClassVar[bool] = True
     """Whether trajectories get a slot of a backend; without one, their tools are those of a tool server alone."""
 
+    server_cls = UnusedServer
+
     config: AgentEnvConfig
     backend: ToolBackend
     policy: Policy
@@ -119,17 +120,15 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         slurm: bool = False,
         testing: bool = False,
     ) -> None:
-        self._servers = usable_endpoints(config.policy, server_configs)
+        servers = checked_servers(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
-        if config.policy == "tokens":
-            self.server_cls = exact_server_class(self._servers)
-        else:
+        if config.policy != "tokens":
             config.tokenizer_name = str(PLACEHOLDER_TOKENIZER)
-            self.server_cls = UnusedServer
-        super().__init__(config, self._servers, slurm=slurm, testing=testing)
+        # What atroposlib calls testing are answers made up by its own clients, which no policy asks.
+        super().__init__(config, servers, slurm=slurm)
         self.summary = Summary()
         self.process_mode = False
         self.n_groups_to_process = 0
@@ -274,9 +273,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         assert task is not None
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
-            self.policy = create_policy(
-                self.config, server=lambda: self.server, tokenizer=lambda: self.tokenizer, server_configs=self._servers
-            )
+            # atroposlib has made one of each config, or with `slurm` one for each node.
+            self.policy = create_policy(self.config, [server.config for server in self.server.servers], self.tokenizer)
             async with (
                 aclosing(self.policy),
                 external_tools(self.config, self.own_external_tools) as external,
@@ -378,6 +376,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         if self.config.use_wandb:
             name = self.name or type(self).__name__
             self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
+
+    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        """atroposlib's hook, with how long requests to the engine take."""
+        await super().wandb_log({**self.policy.endpoints.metrics(), **(wandb_metrics or {})})
 
     def _lost_group(self, item: Any, reason: str) -> Group:
         name = self.item_name(item)

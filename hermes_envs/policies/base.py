@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hermes_envs.policies.endpoints import Endpoints
 from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolCall
 
 Message = dict[str, Any]
-"""A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+"""A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`.
+
+A call's `arguments` are an object, or the text that the model wrote where the call is malformed. `with_text_arguments` makes
+the form that OpenAI's has.
+"""
 
 Reference = Sequence[ToolCall | str]
 """A task's solution: calls to be made and, for a task whose final response is scored, the text to end with."""
@@ -45,7 +50,7 @@ class TokensOptions(SamplingOptions):
 
 
 def assistant_message(content: str, tool_calls: Sequence[ToolCall] = (), reasoning: str | None = None) -> Message:
-    """An assistant message in OpenAI's form. A malformed call shows what the model wrote as its arguments."""
+    """An assistant message. A malformed call shows what the model wrote as its arguments."""
     message: Message = {"role": "assistant", "content": content}
     if reasoning:
         message["reasoning_content"] = reasoning
@@ -54,14 +59,25 @@ def assistant_message(content: str, tool_calls: Sequence[ToolCall] = (), reasoni
             {
                 "id": call.id,
                 "type": "function",
-                "function": {
-                    "name": call.name,
-                    "arguments": call.raw if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False),
-                },
+                "function": {"name": call.name, "arguments": call.raw if call.arguments is None else call.arguments},
             }
             for call in tool_calls
         ]
     return message
+
+
+def with_text_arguments(message: Message) -> Message:
+    """The message as records and OpenAI-compatible endpoints have it: the arguments of its calls are JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,9 @@ class Turn:
 
 
 class Conversation(ABC):
-    """One trajectory's exchange with a policy. `rollout` holds the exact tokens if the policy has any."""
+    """One trajectory's exchange with a policy. `record` holds the exact tokens if the policy has any."""
 
-    rollout: TokenRecord
+    record: TokenRecord
 
     @abstractmethod
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
@@ -94,6 +110,10 @@ class Policy(ABC):
     exact: bool = False
     """Whether its rollouts carry exact tokens that a trainer may use."""
 
+    def __init__(self, endpoints: Endpoints[Any] | None = None) -> None:
+        self.endpoints = Endpoints[Any]() if endpoints is None else endpoints
+        """Where it asks a model; empty if it asks none."""
+
     @abstractmethod
     def start(
         self,
@@ -107,8 +127,9 @@ class Policy(ABC):
     def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - only tokens can be counted
         """Let no sequence that is recorded have more tokens than a trainer takes."""
 
-    async def aclose(self) -> None:  # noqa: B027 - most policies open nothing
-        """Let go of the connections that the policy itself opened."""
+    async def aclose(self) -> None:
+        """Close the connections to the endpoints."""
+        await self.endpoints.aclose()
 
 
 class ContextFullError(Exception):

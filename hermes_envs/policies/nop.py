@@ -24,7 +24,7 @@ class NopConversation(Conversation):
     """One message without calls."""
 
     def __init__(self, trajectory_id: str) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
         """As `Conversation.respond`; raises nothing."""

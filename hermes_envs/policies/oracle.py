@@ -32,7 +32,7 @@ class OracleConversation(Conversation):
     """One call a turn, whatever the tools answer, then the reference's text or one of our own."""
 
     def __init__(self, trajectory_id: str, reference: Reference) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
         self._moves = iter(reference)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:

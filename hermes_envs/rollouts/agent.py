@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.errors import EngineError
+from hermes_envs.errors import EngineRefusalError
 from hermes_envs.policies.base import ContextFullError, Conversation, Message, Turn
 from hermes_envs.rollouts.trajectory import End, Stopwatch, ToolCounts, Trajectory
 from hermes_envs.tools.call import ToolCall
@@ -37,7 +37,7 @@ class Agent:
         """Play until the model stops calling tools or something runs out.
 
         Raises:
-            EngineError: the policy's engine failed, or had no room for a first turn.
+            EngineError: the policy's engine failed, had no room for a first turn, or the record does not hold.
             SandboxError: the slot failed.
         """
         transcript: list[Message] = []
@@ -52,7 +52,7 @@ class Agent:
             except ContextFullError as reason:
                 if not steps:
                     # The policy has not done anything that it could be judged by.
-                    raise EngineError(f"there is no room for a first turn: {reason}") from reason
+                    raise EngineRefusalError(f"there is no room for a first turn: {reason}") from reason
                 end = "context"
                 break
             steps += 1
@@ -64,10 +64,11 @@ class Agent:
                 new_messages = [await self._observe(call, workspace, counts) for call in turn.tool_calls]
         else:
             transcript.extend(new_messages)
+        conversation.record.check()
         return Trajectory(
-            trajectory_id=conversation.rollout.rollout_id,
+            trajectory_id=conversation.record.trajectory_id,
             messages=transcript,
-            rollout=conversation.rollout,
+            record=conversation.record,
             end=end,
             steps=steps,
             tool_counts=counts,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hermes_envs.policies.base import Message
+from hermes_envs.policies.base import Message, with_text_arguments
 from hermes_envs.policies.token_record import Segment
 from hermes_envs.rollouts.trajectory import Trajectory
 
@@ -61,11 +61,11 @@ class Group:
 
 def _number_of_segments(trajectory: Trajectory) -> int:
     """A rollout of a policy without tokens counts as one segment without tokens."""
-    return max(1, len(trajectory.rollout.segments))
+    return max(1, len(trajectory.record.segments))
 
 
 def _segment(trajectory: Trajectory, number: int) -> Segment:
-    segments = trajectory.rollout.segments
+    segments = trajectory.record.segments
     if number < len(segments):
         return segments[number]
     filler = Segment()
@@ -82,5 +82,5 @@ def _overrides(trajectory: Trajectory, number: int) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
-    """atroposlib's server takes messages whose content is text."""
-    return [{**message, "content": message.get("content") or ""} for message in messages]
+    """atroposlib's server takes messages whose content is text; a record has the arguments of calls as text, too."""
+    return [{**with_text_arguments(message), "content": message.get("content") or ""} for message in messages]

@@ -153,7 +153,7 @@ class _Record:
         self._facts = {
             "step": env.curr_step,
             "policy": env.config.policy,
-            "models": [server.config.model_name for server in env.server.servers],
+            "models": env.policy.endpoints.models,
             "temperature": env.config.agent_temperature,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import logging
@@ -130,9 +131,9 @@ class ExternalToolbox(ExternalTools):
 
 
 async def _run(tool: ExternalTool, arguments: dict[str, Any], trajectory_id: str | None) -> ExecutionResult:
-    """The boundary to somebody else's code: nothing that it raises gets further."""
+    """The boundary to somebody else's code: nothing that it raises gets further, and it gets arguments of its own to change."""
     try:
-        output = _as_text(await tool.function(**arguments))
+        output = _as_text(await tool.function(**copy.deepcopy(arguments)))
     except (Exception, SystemExit) as reason:
         logger.exception("external tool %s failed in trajectory %r", tool.name, trajectory_id)
         error = f"{type(reason).__name__}: {reason}"

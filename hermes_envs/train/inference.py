@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from hermes_envs.errors import ConfigError, EngineError
-from hermes_envs.policies.base import assistant_message
+from hermes_envs.policies.base import assistant_message, with_text_arguments
 from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
 from hermes_envs.services.http_service import HttpService, RefusalError, Route
 from hermes_envs.services.options import ServiceOptions
@@ -189,7 +189,7 @@ class InferenceServer:
         self, renderer: ChatRenderer, completion: Completion, prompt: list[int], tools: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
         answer = renderer.parse(completion.token_ids, prompt, tools, f"call_{secrets.token_hex(6)}")
-        message = assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+        message = with_text_arguments(assistant_message(answer.content, answer.tool_calls, answer.reasoning))
         reason = "length" if completion.truncated else "tool_calls" if answer.tool_calls else "stop"
         return {"message": message, "finish_reason": reason}
 

@@ -82,7 +82,7 @@ class CountingEnv(AgentEnv):
     async def verify_and_score_trajectory(self, item: int, trajectory: Trajectory, workspace: Workspace) -> Score:
         """By what was sampled."""
         await asyncio.sleep(60.0 if item == self.config.slow_item else self.config.grading_seconds)
-        return Score(score_of([mask for segment in trajectory.rollout.segments for mask in segment.masks]), "sampled")
+        return Score(score_of([mask for segment in trajectory.record.segments for mask in segment.masks]), "sampled")
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Remember when."""
