@@ -36,7 +36,7 @@ from hermes_envs.rollouts.agent import Agent, AgentOptions
 from hermes_envs.rollouts.group import Group, InfrastructureFailure
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, Trajectory
 from hermes_envs.runs import command_line
-from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, checked_servers, flushing_writer, start_wandb
+from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
 from hermes_envs.runs.group_queue import GroupQueue
 from hermes_envs.runs.html_report import write_html_report
 from hermes_envs.runs.summary import Reporter, Summary
@@ -120,7 +120,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         slurm: bool = False,
         testing: bool = False,
     ) -> None:
-        servers = checked_servers(config.policy, server_configs)
+        servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
@@ -136,7 +136,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     @classmethod
     def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
-        """The defaults: no endpoint. Health checks cost a completion a second and hang without a route: off."""
+        """The defaults: no endpoint, and no health check: a rollout whose engine is away fails soon instead of waiting."""
         return cls.env_config_cls(), [APIServerConfig(base_url="", health_check=False)]
 
     @classmethod

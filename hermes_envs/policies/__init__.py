@@ -18,7 +18,7 @@ PolicyName = Literal["tokens", "messages", "oracle", "nop"]
 
 
 class PolicyOptions(TokensOptions):
-    """Who answers, and everything that any policy can be told."""
+    """Who answers, and the options of all policies."""
 
     policy: PolicyName = Field(default="tokens", description="Who answers.")
 

@@ -1,4 +1,4 @@
-"""What every policy does: answer the messages of one trajectory, turn by turn."""
+"""The interface of policies: a conversation per trajectory, answered turn by turn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FinishReason = Literal["stop", "tool_calls", "length"]
 
 
 class SamplingOptions(BaseModel):
-    """How every policy that asks a model samples."""
+    """How policies that ask a model sample."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,7 +39,7 @@ class SamplingOptions(BaseModel):
 
 
 class TokensOptions(SamplingOptions):
-    """How exact rollouts are rendered and how long they may get."""
+    """How rollouts with exact tokens are rendered and how long they may get."""
 
     max_context_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens of prompt and answer together; none: agent_max_tokens limits each turn."
@@ -82,7 +82,7 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer of the policy. `message` is the assistant message for the transcript; `tool_calls` has malformed calls too."""
+    """One answer of the policy: the assistant message for the transcript, and its calls, malformed ones included."""
 
     message: Message
     tool_calls: tuple[ToolCall, ...]
@@ -96,7 +96,7 @@ class Conversation(ABC):
 
     @abstractmethod
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
-        """Answer: the first call gets the whole prompt, later ones only what is new since the last turn.
+        """Answer the whole prompt at first, later the messages that are new since the last turn.
 
         Raises:
             EngineError: the engine failed or its answer cannot be used; the trajectory is an infrastructure error.
@@ -124,8 +124,8 @@ class Policy(ABC):
     ) -> Conversation:
         """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution."""
 
-    def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - only tokens can be counted
-        """Let no sequence that is recorded have more tokens than a trainer takes."""
+    def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - for policies with tokens only
+        """Record no sequence with more tokens than a trainer takes."""
 
     async def aclose(self) -> None:
         """Close the connections to the endpoints."""

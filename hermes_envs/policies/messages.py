@@ -81,7 +81,7 @@ class MessagesConversation(Conversation):
         if calls:
             self._history = [*history, with_text_arguments(assistant_message(content, [_well_formed(call) for call in calls]))]
         else:
-            # The endpoint gets back what it wrote: one without tool calls of its own could not read ours.
+            # Sent back as it was written: the endpoint may not support native calls.
             self._history = [*history, {"role": "assistant", "content": content}]
             written = _WRITTEN_REASONING.match(content)
             if written:
@@ -96,7 +96,7 @@ class MessagesConversation(Conversation):
         )
 
     def _as_sent(self, message: Message) -> Message:
-        """A result of a call that was written as text goes back as text: there is no native call that it could belong to."""
+        """As the endpoint gets it. The result of a call that was written as text is sent as text: it has no native call."""
         if message["role"] != "tool" or message.get("tool_call_id") not in self._written_ids:
             return with_text_arguments(message)
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
@@ -137,7 +137,7 @@ def _message(reply: dict[str, Any]) -> tuple[dict[str, Any], object]:
     """The first choice's message and finish reason.
 
     Raises:
-        EngineError: the reply has none. A message that says nothing is the model's doing and no error.
+        EngineError: the reply has none. An empty message is an answer.
     """
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -149,7 +149,7 @@ def _message(reply: dict[str, Any]) -> tuple[dict[str, Any], object]:
 
 
 def _text(content: object) -> str:
-    """Content comes as text, as nothing, or as a list of parts."""
+    """The text of content that is text, a list of parts, or null."""
     if isinstance(content, list):
         return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in content)
     return "" if content is None else str(content)
@@ -161,13 +161,13 @@ def _native_calls(message: dict[str, Any]) -> list[object]:
 
 
 def _written_calls(content: str) -> Iterator[tuple[str, bool]]:
-    """Calls in Hermes' form, `<tool_call>{json}</tool_call>`, from endpoints that leave their parsing to us."""
+    """Calls in Hermes' form, `<tool_call>{json}</tool_call>`, from endpoints that do not parse them; and if they are closed."""
     for match in _WRITTEN_CALL.finditer(content):
         yield match[1].strip(), bool(match[2])
 
 
 def _well_formed(call: ToolCall) -> ToolCall:
-    """The call as it can be sent back: servers refuse, or fail at, history whose arguments are no JSON object."""
+    """The call as it is sent back: servers refuse a history in which a call's arguments are no JSON object."""
     return call if call.arguments is not None else ToolCall(call.id, call.name or "malformed", {"malformed": call.raw})
 
 

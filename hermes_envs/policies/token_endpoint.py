@@ -46,10 +46,9 @@ class TokenEndpoint(Endpoint):
     """
 
     def __init__(self, config: APIServerConfig) -> None:
-        """Raises: ConfigError: as `Endpoint`, or the server is of a type that returns no token ids."""
+        """Raises: ConfigError: as `Endpoint` and `check_server_type`."""
         super().__init__(config)
-        if config.server_type not in ("sglang", "vllm"):
-            raise ConfigError(f"openai.server_type: policy tokens needs token ids: sglang or vllm, not {config.server_type}")
+        check_server_type(config)
         self._is_vllm = config.server_type == "vllm"
 
     async def complete(self, request: TokenRequest) -> Completion:
@@ -68,6 +67,12 @@ class TokenEndpoint(Endpoint):
         if completion.finish_reason == "abort":
             raise EngineUnavailableError(f"the engine at {self.address} aborted the request")
         return completion
+
+
+def check_server_type(config: APIServerConfig) -> None:
+    """Raises: ConfigError: the server is of a type that returns no token ids."""
+    if config.server_type not in ("sglang", "vllm"):
+        raise ConfigError(f"openai.server_type: policy tokens needs token ids: sglang or vllm, not {config.server_type}")
 
 
 def _sglang_body(request: TokenRequest) -> dict[str, Any]:

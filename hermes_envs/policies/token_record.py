@@ -56,18 +56,16 @@ class Segment:
         self.masks.extend([UNTRAINED_MASK] * len(token_ids))
         self.logprobs.extend([UNTRAINED_LOGPROB] * len(token_ids))
 
-    def append_turn(self, prompt_ids: list[int], token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Append a turn: what is new in its prompt, then what the engine sampled, with its logprobs.
+    def append_turn(self, context_ids: Sequence[int], token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append a turn: the tokens that its prompt adds to the segment, then those that the engine sampled.
 
-        The prompt must begin with everything recorded so far. Only what is new is checked; `check` looks at everything.
+        Takes time proportional to the turn; `check` looks at the whole segment.
 
         Raises:
-            InexactRolloutError: as `check_logprobs`, or the prompt rewrites history; nothing is recorded then.
+            InexactRolloutError: as `check_logprobs`; nothing is recorded then.
         """
         check_logprobs(token_ids, logprobs)
-        if prompt_ids[: len(self.tokens)] != self.tokens:
-            raise InexactRolloutError("the next prompt does not begin with the tokens of the turns before it")
-        self.observe(prompt_ids[len(self.tokens) :])
+        self.observe(context_ids)
         self.tokens.extend(token_ids)
         self.masks.extend(token_ids)
         self.logprobs.extend(logprobs)

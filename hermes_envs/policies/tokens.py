@@ -96,7 +96,7 @@ class TokensConversation(Conversation):
             raise ValueError("a turn needs at least one new message")
         messages, prompt, segment = self._prompt(new_messages)
         sample = await self._engine.sample(prompt, self._limits.room(len(prompt)))
-        segment.append_turn(prompt, sample.token_ids, sample.logprobs)
+        segment.append_turn(prompt[len(segment.tokens) :], sample.token_ids, sample.logprobs)
         if not self.record.segments or segment is not self.record.segments[-1]:
             self.record.segments.append(segment)
         self.record.engine_calls += 1
@@ -107,7 +107,7 @@ class TokensConversation(Conversation):
         return Turn(message, answer.tool_calls, _finish_reason(answer, sample))
 
     def _prompt(self, new_messages: Sequence[Message]) -> tuple[list[Message], list[int], Segment]:
-        """What the next prompt shows, its tokens, and the segment that it extends, a new one if it cannot extend the last."""
+        """What the next prompt shows, its tokens, and the segment that it extends: the last, or a new one."""
         messages = [*self._messages, *new_messages]
         prompt, segment = self._whole_prompt(messages, new_messages)
         if len(prompt) > self._limits.prompt:

@@ -13,6 +13,7 @@ from atroposlib.envs.base import APIServer, APIServerConfig
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
 
 from hermes_envs.errors import ConfigError
+from hermes_envs.policies.token_endpoint import check_server_type
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ class UnusedServer(APIServer):  # type: ignore[misc]
     _chat_completion_wrapper = _completion_wrapper = _tokens_and_logprobs_completion_wrapper = _never_asked
 
 
-def checked_servers(policy: str, servers: ServerBaseline | list[APIServerConfig]) -> list[APIServerConfig]:
-    """The configured inference servers; a single one without address for a policy that asks no model.
+def usable_endpoints(policy: str, servers: ServerBaseline | list[APIServerConfig]) -> list[APIServerConfig]:
+    """The configured endpoints; a single one without address for a policy that asks no model.
 
     Raises:
-        ConfigError: the policy needs one, and guessing a server would be a silent fallback.
+        ConfigError: the policy needs one, and guessing a server would be a silent fallback; or one that returns token ids.
     """
     if policy in ("oracle", "nop"):
         return [APIServerConfig(base_url="")]
@@ -45,6 +46,9 @@ def checked_servers(policy: str, servers: ServerBaseline | list[APIServerConfig]
             f"openai.base_url: no inference endpoint is configured, and policy {policy!r} needs one: pass "
             "--openai.base_url URL --openai.model_name NAME, or try scripts/demo, which needs no model"
         )
+    if policy == "tokens":
+        for server in servers:
+            check_server_type(server)
     return servers
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from renderers import RenderedTokens
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.errors import ConfigError, EngineError
+from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import ContextFullError, TokensOptions, Turn
 from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
+from hermes_envs.rendering.chat_renderer import ChatRenderer, FamilyRenderer
+from hermes_envs.rendering.derived import DerivedRenderer
 from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, servers_at
 from tests.engine.speech import says
@@ -249,6 +252,37 @@ async def test_a_trainer_s_limit_counts_where_it_is_lower(tokenizer: PreTrainedT
             await talk(conversation, ["file " * 30] * 12)
         longest = max(len(segment.tokens) for segment in conversation.record.segments)
         assert expected / 2 < longest <= expected
+
+
+class Forgetful:
+    """A renderer whose bridge is spoiled; everything else is another's."""
+
+    def __init__(self, renderer: FamilyRenderer, spoil: Callable[[list[int]], list[int]]) -> None:
+        self._renderer = renderer
+        self._spoil = spoil
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._renderer, name)
+
+    def bridge_to_next_turn(self, *given: Any, **options: Any) -> RenderedTokens:
+        bridged = self._renderer.bridge_to_next_turn(*given, **options)
+        assert bridged is not None
+        return RenderedTokens(token_ids=self._spoil(list(bridged.token_ids)), message_indices=[])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda ids: ids[:1], lambda ids: [ids[0] + 1, *ids[1:]], lambda ids: [ids[1], ids[0], *ids[2:]], lambda ids: []],
+)
+def test_a_bridge_that_rewrites_history_is_refused(
+    spoil: Callable[[list[int]], list[int]], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sound = DerivedRenderer(tokenizer)
+    prompt = ChatRenderer("sound", tokenizer, sound).prompt(QUESTION, BASH)
+    answer = [*tokenizer.encode(CALL, add_special_tokens=False), sound.get_stop_token_ids()[0]]
+
+    with pytest.raises(InexactRolloutError, match="renderer 'forgetful' does not begin with the turns before it"):
+        ChatRenderer("forgetful", tokenizer, Forgetful(sound, spoil)).next_prompt(prompt, answer, [result_for("c")], BASH)
 
 
 # --- when something goes wrong ---------------------------------------------------------------------------------------
