@@ -15,8 +15,7 @@ _TOKENS = count(1000)
 
 def segment() -> Segment:
     made = Segment()
-    made.observe([next(_TOKENS) for _ in range(4)])
-    made.sample([next(_TOKENS) for _ in range(3)], [-0.5, -1.0, -0.25])
+    made.append_turn([next(_TOKENS) for _ in range(4)], [next(_TOKENS) for _ in range(3)], [-0.5, -1.0, -0.25])
     return made
 
 
@@ -58,7 +57,7 @@ def test_each_sampled_token_is_trained_once_and_with_the_same_advantage() -> Non
                     trained[token] = score - mean
     for one in made.trajectories:
         assert one.score is not None
-        sampled = [token for part in one.rollout.segments for token in part.masks if token != UNTRAINED_MASK]
+        sampled = [token for part in one.record.segments for token in part.masks if token != UNTRAINED_MASK]
         assert [trained.pop(token) for token in sampled] == pytest.approx([one.score.value - 0.1] * len(sampled))
     assert not trained
 

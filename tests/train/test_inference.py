@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from atroposlib.envs.base import APIServerConfig
-from atroposlib.envs.server_handling.server_manager import ServerManager
 from transformers import PreTrainedTokenizerFast
 
+from hermes_envs.policies.endpoints import Endpoints
+from hermes_envs.policies.token_endpoint import TokenEndpoint
 from hermes_envs.policies.token_engine import TokenEngine
-from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.toolsets import Toolsets
@@ -117,15 +118,14 @@ async def test_the_environments_engine_can_use_it(served: Served) -> None:
         base_url=f"{served.address}/v1",
         api_key="none",
         model_name="walker",
-        tokenizer_name=served.tokenizer.name_or_path,
         health_check=False,
     )
     renderer = create_chat_renderer(served.tokenizer, "llama-3")
-    manager = ServerManager([config], server_class=exact_server_class([config]))
-    engine = TokenEngine(manager, renderer, 1.0)
-    samples = await asyncio.gather(
-        *(engine.sample(renderer.prompt([{"role": "user", "content": PROMPT}], TOOLS), 3) for _ in range(20))
-    )
+    async with aclosing(Endpoints([TokenEndpoint(config)])) as endpoints:
+        engine = TokenEngine(endpoints, renderer, 1.0)
+        samples = await asyncio.gather(
+            *(engine.sample(renderer.prompt([{"role": "user", "content": PROMPT}], TOOLS), 3) for _ in range(20))
+        )
     assert {sample.truncated for sample in samples} == {True, False}
 
 
