@@ -21,6 +21,7 @@ from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.train.inference import InferenceServer
+from tests.support.waiting import PATIENCE_S
 from tests.train.walk import PROMPT
 from tests.train.walker import TOOLSET
 
@@ -180,7 +181,7 @@ async def test_a_request_that_cannot_be_honoured_is_refused_by_name(served: Serv
 
 async def test_a_service_that_is_gone_is_the_services_fault(served: Served) -> None:
     await served.stop_service(None, None, None)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         status, reply = await served.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 4}})
     assert (status, reply["kind"]) == (502, "engine_failed")
 

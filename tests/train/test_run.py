@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.train.walk import EVALUATED
 pytest.importorskip("torch")
 pytest.importorskip("tinker")
 
+from tests.support.waiting import PATIENCE_S, until
 from tests.train.models import service_that_hangs
 
 NOWHERE = "http://127.0.0.1:1"
@@ -36,15 +37,9 @@ async def service(walker: Path) -> AsyncIterator[str]:
 
 async def run(*arguments: str, base_url: str = NOWHERE) -> tuple[int | None, str]:
     """The status of a trainer that ends by itself, and what it said."""
-    async with trainer(*arguments, base_url=base_url) as process, asyncio.timeout(60):
+    async with trainer(*arguments, base_url=base_url) as process, asyncio.timeout(PATIENCE_S):
         _, said = await process.communicate()
     return process.returncode, said.decode()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
 
 
 def processes_of(config: Path) -> list[str]:
@@ -107,18 +102,17 @@ async def test_a_stop_is_heard_while_the_service_hangs(tmp_path: Path, walker: P
     async with (
         service_that_hangs() as (address, asked),
         trainer("--config", str(config), base_url=address) as process,
-        asyncio.timeout(60),
+        asyncio.timeout(PATIENCE_S),
     ):
         await asked.wait()
         process.terminate()
-        async with asyncio.timeout(10):
-            _, said = await process.communicate()
+        _, said = await process.communicate()
     assert (process.returncode, said.decode().splitlines()[-1]) == (1, f"interrupted: {tmp_path / 'run'}")
 
 
 async def test_what_earlier_runs_said_stays_and_is_not_said_again(tmp_path: Path) -> None:
     for said in ("first", "second"):
-        async with Companions(tmp_path) as companions, asyncio.timeout(30):
+        async with Companions(tmp_path) as companions, asyncio.timeout(PATIENCE_S):
             await companions.start("module", f"no_{said}_module", ())
             await companions.ended("module")
             assert f"no_{said}_module" in companions.failure.result()
@@ -145,5 +139,5 @@ async def test_a_stop_saves_and_a_second_run_goes_on_and_not_even_a_kill_leaves_
         await until(lambda: len(steps(tmp_path)) > reached)
         assert process.stderr is not None
         os.kill(process.pid, signal.SIGKILL)
-        await until(lambda: processes_of(config) == [], 30)
+        await until(lambda: processes_of(config) == [])
     assert [row["step"] for row in steps(tmp_path)] == list(range(len(steps(tmp_path))))
