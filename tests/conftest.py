@@ -26,8 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None:
         run = Path(tempfile.mkdtemp(prefix="t-"))
-        # Slots and servers may run as other users, who have to get through.
-        run.chmod(0o711)
+        # Slots and servers may run as other users.
+        run.chmod(0o755)
         config.option.basetemp = config.option.basetemp or str(run / "pytest")
     else:
         run = Path(os.environ["TMPDIR"]).parent

@@ -117,8 +117,12 @@ class Examiner:
         assert trained, "nothing was sampled at the end"
 
 
-async def test_500_groups_are_exact_and_none_is_lost_or_comes_twice(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    batches, batch_size, group_size = 125, 8, 2
+@pytest.mark.parametrize("batches", [25, pytest.param(125, marks=pytest.mark.heavy)])
+async def test_many_groups_are_exact_and_none_is_lost_or_comes_twice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batches: int
+) -> None:
+    batch_size, group_size = 8, 2
+    groups = batches * batch_size // group_size
     async with (
         RolloutApi(tmp_path / "api.log") as api,
         ScriptedTrainer(api.address) as trainer,
@@ -137,8 +141,8 @@ async def test_500_groups_are_exact_and_none_is_lost_or_comes_twice(tmp_path: Pa
     dropped = summary.groups_dropped
     assert set(dropped) == {"equal scores", "incomplete"}
     # Exactly as many as were needed, and every item that was taken is accounted for.
-    assert summary.groups_served == len(set(examiner.items)) == len(examiner.items) == 500
-    assert len(env.taken) == 500 + sum(dropped.values())
+    assert summary.groups_served == len(set(examiner.items)) == len(examiner.items) == groups
+    assert len(env.taken) == groups + sum(dropped.values())
     assert 9 not in examiner.items
     # The policy's own turns had calls in them: rollouts of several turns are among these.
     assert summary.tool_calls > 0

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import yaml
 
+from hermes_envs.train.__main__ import main
 from hermes_envs.train.companions import Companions
 from hermes_envs.train.metrics import FILE, read_metrics
 from tests.support.rollout_api import RolloutApi
@@ -29,7 +31,7 @@ from tests.train.models import service_that_hangs
 NOWHERE = "http://127.0.0.1:1"
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(walker: Path) -> AsyncIterator[str]:
     async with tinker_service(walker) as address:
         yield address
@@ -68,12 +70,17 @@ async def test_a_file_that_cannot_work_ends_with_one_line(tmp_path: Path, walker
     assert said == f"error: config: {config}: tinker.lora_rnk: there is no such option\n"
 
 
-async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, walker: Path) -> None:
+def test_a_port_that_is_taken_is_an_error(
+    tmp_path: Path, walker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        status, said = await run("--config", str(write_config(tmp_path, walker, tinker={"inference_port": port})))
-    assert status == 1
-    assert f"error: tinker.inference_port: port {port} is in use" in said
+        config = write_config(tmp_path, walker, tinker={"inference_port": port})
+        monkeypatch.setattr("sys.argv", ["train", "--config", str(config)])
+        monkeypatch.setenv("TINKER_BASE_URL", NOWHERE)
+        monkeypatch.setenv("TINKER_API_KEY", "tml-none")
+        assert main() == 1
+    assert f"error: tinker.inference_port: port {port} is in use" in capsys.readouterr().err
 
 
 async def test_an_environment_that_fails_ends_the_run_with_its_reason(tmp_path: Path, walker: Path, service: str) -> None:
