@@ -25,6 +25,7 @@ from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, servers_at
 from tests.engine.speech import says
 from tests.engine.tokenizer import make_tokenizer
+from tests.support.waiting import PATIENCE_S
 
 QUESTION = [{"role": "user", "content": "List the files."}]
 BASH = [
@@ -209,6 +210,7 @@ async def test_patience_with_engines_that_are_down_ends(tokenizer: PreTrainedTok
             await engine.stop()
             started = time.monotonic()
             with pytest.raises(EngineError, match=r"no engine has been healthy for 1\.5 s: http://127"):
-                await policy.start("second", tools=[]).respond(QUESTION)
+                async with asyncio.timeout(PATIENCE_S):
+                    await policy.start("second", tools=[]).respond(QUESTION)
 
     assert time.monotonic() - started >= 1.5

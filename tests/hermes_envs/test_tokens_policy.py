@@ -22,6 +22,7 @@ from tests.engine.engine import Dialect, Engine
 from tests.engine.servers import policy_for, servers_at
 from tests.engine.speech import says
 from tests.engine.tokenizer import make_tokenizer, token_ids
+from tests.support.waiting import PATIENCE_S
 
 QUESTION = [{"role": "user", "content": "List the files."}]
 BASH = [
@@ -308,11 +309,11 @@ async def test_cancelling_a_turn_cancels_its_request(tokenizer: PreTrainedTokeni
     async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>"), delay_s=30.0) as engine:
         conversation = policy_for(engine, tokenizer).start("t", tools=[])
         turn = asyncio.create_task(conversation.respond(QUESTION))
-        await asyncio.wait_for(engine.asked.wait(), 10)
+        await asyncio.wait_for(engine.asked.wait(), PATIENCE_S)
         turn.cancel()
         with pytest.raises(asyncio.CancelledError):
             await turn
-        await asyncio.wait_for(engine.aborted.wait(), 10)
+        await asyncio.wait_for(engine.aborted.wait(), PATIENCE_S)
 
     assert conversation.record == TokenRecord("t")
 
