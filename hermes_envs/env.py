@@ -22,7 +22,8 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
 
 from backends import create_tool_backend
-from backends.base import ToolBackend
+from backends.base import Slot, ToolBackend
+from backends.errors import BackendConfigError
 from backends.no_sandbox import NoSandbox
 from hermes_envs.env_config import AgentEnvConfig
 from hermes_envs.errors import ConfigError, EnvironmentBuildError
@@ -218,10 +219,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         Raises:
             EnvironmentBuildError: the item cannot be used.
         """
-        task = dataclasses.replace(await self.build_task(item), item=item)
-        if task.limits.network and not self.config.allow_network:
-            raise EnvironmentBuildError("it needs the network; set allow_network to give it to agents")
-        return task
+        return dataclasses.replace(await self.build_task(item), item=item)
 
     async def run_agent(self, task: Any, trajectory_id: str | None = None) -> Trajectory:
         """One rollout from a fresh slot to a score. The environment must be `running`. `task` may also be an item.
@@ -238,7 +236,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         limits, stopwatch = task.limits, Stopwatch()
         async with AsyncExitStack() as stack:
             with stopwatch.measure("setup"):
-                slot = await stack.enter_async_context(self.backend.slot(rollout_id, layer=task.layer))
+                slot = await stack.enter_async_context(self._slot(rollout_id, task))
                 deadline = time_limit(limits.rollout_s or self.config.rollout_timeout_s)
                 workspace = Workspace(self.backend, slot)
                 async with phase_limit("set-up", limits.setup_s):
@@ -253,6 +251,18 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                         await self.validate_task(task, workspace)
                     score = await self.verify_and_score_trajectory(task, episode, workspace)
         return episode.scored(score)
+
+    @asynccontextmanager
+    async def _slot(self, rollout_id: str, task: AgentTask) -> AsyncIterator[Slot]:
+        limits = task.limits
+        async with AsyncExitStack() as stack:
+            try:
+                slot = await stack.enter_async_context(
+                    self.backend.slot(rollout_id, layer=task.layer, network=limits.network, memory_bytes=limits.memory_bytes)
+                )
+            except BackendConfigError as reason:
+                raise EnvironmentBuildError(str(reason)) from reason
+            yield slot
 
     async def collect_group(self, item: Any, size: int | None = None) -> Group:
         """Roll out `size` trajectories at once, `group_size` by default; each ends with a score or with a reason why not."""

@@ -1,9 +1,9 @@
-"""Compiles the init of a box, for where a C compiler is at hand.
+"""Compiles the init of a box, where there is a C compiler.
 
     python -m sandbox_image.compile_init
 
-Puts `libinit.so` beside `init.c`. Boxes use it if it is there and the shell of this machine loads it, and init.py, which does
-the same, if not.
+Puts `libinit.so` beside `init.c`. Boxes use it if it is there and the shell of this machine loads it, and otherwise init.py,
+which does the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LIBRARY = SOURCE.with_name("libinit.so")
 
 
 def compile_init() -> str | None:
-    """Compile it; None when that worked, else why it did not."""
+    """Compile it; returns the reason if that fails."""
     compiler = shutil.which("cc")
     if compiler is None:
         return "there is no C compiler"
@@ -36,11 +36,11 @@ def compile_init() -> str | None:
 
 
 def works(library: Path) -> bool:
-    """Whether it is there and the shell of this machine can become an init with it."""
+    """Whether it is there and the shell of this machine loads it."""
     if not library.exists():
         return False
     environment = {"LD_PRELOAD": str(library), "PATH": os.defpath}
-    # A shell that does not load it, such as a static one, does as it is told.
+    # Without the library, which a static shell does not load, the shell exits with status 1.
     asked = subprocess.run(
         ["/bin/sh", "-c", "exit 1"], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
     )

@@ -15,6 +15,7 @@ import re
 
 from sandbox_image.protocol import ErrorKind
 
+MAX_MESSAGE_CHARACTERS = 8192
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -22,8 +23,8 @@ class SlotServerError(Exception):
     """Any failure that the slot server knows by name."""
 
     def __init__(self, message: str) -> None:
-        # Names of files and what callers send are part of messages, and may hold anything.
-        super().__init__(_CONTROL_CHARACTER.sub(lambda found: repr(found[0])[1:-1], message))
+        # Messages quote file names and requests, which may contain anything.
+        super().__init__(_CONTROL_CHARACTER.sub(lambda found: repr(found[0])[1:-1], message[:MAX_MESSAGE_CHARACTERS]))
 
 
 class StartupError(SlotServerError):

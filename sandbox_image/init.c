@@ -1,10 +1,10 @@
-/* The init of a box, compiled: the same messages and promises as init.py, a hundredth of its memory, and commands that start faster.
+/* The init of a box, compiled: does the same as init.py with a hundredth of its memory, and starts commands faster.
  *
  *     LD_PRELOAD=libinit.so /bin/sh -c "CONTROL OUTPUT LIMITS"
  *
- * A library that turns /bin/sh into PID 1 of a box. Its constructor runs when the shell is loaded and linked but has not begun, and
- * serves there for ever. A command is a fork of that process in which the constructor returns, so that the shell goes on and finds
- * the command among its arguments: a fresh shell without the cost of loading one. See init.py for the messages. Built by
+ * A library that turns /bin/sh into PID 1 of a box. Its constructor runs when the shell is loaded and linked, before its main
+ * function, and never returns in PID 1. A command is a fork of that process in which the constructor returns, so that the shell
+ * starts with the command among its arguments: a fresh shell without the cost of loading one. See init.py for the messages. Built by
  * `python -m sandbox_image.compile_init`.
  */
 #define _GNU_SOURCE
@@ -43,7 +43,7 @@ struct message {
     size_t descriptor_count;
 };
 
-/* A process that was started for the server: the running command, or the keeper of one that outlives calls. */
+/* A process that was started for the server: the running command, or the keeper of a kept one. */
 struct child {
     pid_t pid;
     int status;
@@ -51,7 +51,7 @@ struct child {
     char number[24];
 };
 
-/* A fork continues as a shell; the init never does. */
+/* Which process returns from a function that forks: the init, or a fork that is to become a shell. */
 enum role { INIT, SHELL };
 
 static int control, output, null_input, workspace;
@@ -100,7 +100,7 @@ static void say_exit(const char *number, int status) {
     say("exit", number, code);
 }
 
-/* -- Who is there, and who has to go ------------------------------------------------------------------------------------------ */
+/* -- Processes ---------------------------------------------------------------------------------------------------------------- */
 
 static void note_end(pid_t pid, int status) {
     struct child *child = pid == command.pid ? &command : NULL;
@@ -126,11 +126,20 @@ static void kill_everybody(void) {
         reap(0);
 }
 
+/* Whether a process descends from a keeper; NOT_KNOWN if its ancestors changed while they were listed. */
+enum descent { NOT_ASKED, NOT_KNOWN, STRANGER, KEPT };
+
 struct process {
     pid_t pid, parent;
+    enum descent descent;
 };
 
-/* All processes of the box but this one; their number, or -1 if /proc cannot be read. */
+static int by_pid(const void *one, const void *other) {
+    pid_t left = ((const struct process *)one)->pid, right = ((const struct process *)other)->pid;
+    return (left > right) - (left < right);
+}
+
+/* All processes of the box but this one, by their numbers; how many, or -1 if /proc cannot be read. */
 static ssize_t list_processes(struct process **list) {
     DIR *proc = opendir("/proc");
     struct dirent *entry;
@@ -151,14 +160,16 @@ static ssize_t list_processes(struct process **list) {
         if (length <= 0)
             continue;
         line[length] = '\0';
-        /* The name is in brackets and may hold anything, brackets and spaces included. */
+        /* The name is in brackets and may contain anything, brackets and spaces included. */
         if ((after_name = strrchr(line, ')')) == NULL || strlen(after_name) < 5)
             continue;
         if (count == room && (*list = realloc(*list, (room = 2 * room + 64) * sizeof **list)) == NULL)
             exit(1);
-        (*list)[count++] = (struct process){pid, (pid_t)atoi(after_name + 4)};
+        (*list)[count++] = (struct process){pid, (pid_t)atoi(after_name + 4), NOT_ASKED};
     }
     closedir(proc);
+    if (count > 0)
+        qsort(*list, count, sizeof **list, by_pid);
     return (ssize_t)count;
 }
 
@@ -176,39 +187,46 @@ static int somebody_is_kept(void) {
     return 0;
 }
 
-/* Whether a process descends from a keeper; -1 if its ancestors changed while they were listed. */
-static int descends_from_kept(pid_t pid, const struct process *list, size_t count) {
-    for (size_t steps = 0; steps <= count; steps++) {
-        if (is_kept(pid))
-            return 1;
-        size_t at = 0;
-        while (at < count && list[at].pid != pid)
-            at++;
-        if (at == count)
-            return -1;
-        if (list[at].parent <= 1)
-            return 0;
-        pid = list[at].parent;
-    }
-    return -1;
+static struct process *parent_of(const struct process *process, struct process *list, size_t count) {
+    struct process wanted = {.pid = process->parent};
+    return bsearch(&wanted, list, count, sizeof *list, by_pid);
 }
 
-/* Kill whoever does not descend from a keeper; how many there were, those included of whom it is not known. */
+/* Answers for all ancestors on the way as well, so that each is asked once. */
+static enum descent descent_of(struct process *process, struct process *list, size_t count) {
+    struct process *at = process;
+    enum descent answer = NOT_KNOWN;
+    for (; at != NULL && at->descent == NOT_ASKED; at = parent_of(at, list, count)) {
+        if (is_kept(at->pid))
+            at->descent = KEPT;
+        else
+            at->descent = at->parent <= 1 ? STRANGER : NOT_KNOWN;
+        if (at->descent != NOT_KNOWN)
+            break;
+    }
+    if (at != NULL)
+        answer = at->descent;
+    for (; process != at && answer != NOT_KNOWN; process = parent_of(process, list, count))
+        process->descent = answer;
+    return answer;
+}
+
+/* Kill all processes that do not descend from a keeper; how many there were, those included of which it is not known. */
 static size_t kill_strangers(void) {
     struct process *list;
     ssize_t count = list_processes(&list);
     size_t strangers = count < 0;
     for (ssize_t at = 0; at < count; at++) {
-        int safe = descends_from_kept(list[at].pid, list, (size_t)count);
-        if (safe == 0)
+        enum descent descent = descent_of(&list[at], list, (size_t)count);
+        if (descent == STRANGER)
             kill(list[at].pid, SIGKILL);
-        strangers += safe != 1;
+        strangers += descent != KEPT;
     }
     free(list);
     return strangers;
 }
 
-/* Leave nobody but those who are kept; whoever outruns that takes them along. */
+/* Kill all processes but kept ones; if that does not succeed, because others fork too fast, kill those as well. */
 static void clear(void) {
     if (somebody_is_kept()) {
         for (int pass = 0; pass < MOST_PASSES; pass++) {
@@ -229,10 +247,11 @@ static void leave(void) {
 
 /* -- Messages ----------------------------------------------------------------------------------------------------------------- */
 
-/* Put what a packet's file holds in the place of the packet: a message too large for one. */
+/* Replace a packet by what is in the file that came with it as the first descriptor: a message too large for a packet. */
 static void read_file(struct message *message) {
     struct stat found;
     int file = message->descriptors[0];
+    memmove(message->descriptors, message->descriptors + 1, --message->descriptor_count * sizeof(int));
     free(message->bytes);
     if (fstat(file, &found) < 0 || (message->bytes = malloc((size_t)found.st_size + 1)) == NULL)
         leave();
@@ -242,9 +261,10 @@ static void read_file(struct message *message) {
             leave();
         message->length += (size_t)got;
     }
+    close(file);
 }
 
-/* The next message; does not return when the server is gone. */
+/* The next message; ends the process when the connection has ended. */
 static struct message receive(void) {
     struct message message = {.bytes = malloc(PACKET_BYTES + 1)};
     union {
@@ -262,7 +282,7 @@ static struct message receive(void) {
         message.descriptor_count = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         memcpy(message.descriptors, CMSG_DATA(rights), message.descriptor_count * sizeof(int));
     }
-    if (message.length == 1 && message.bytes[0] == '@' && message.descriptor_count == 1)
+    if (message.length == 1 && message.bytes[0] == '@' && message.descriptor_count > 0)
         read_file(&message);
     message.bytes[message.length] = '\0';
     message.count = 1;
@@ -278,21 +298,21 @@ static struct message receive(void) {
 
 /* -- Commands ----------------------------------------------------------------------------------------------------------------- */
 
-/* The environment with `variables`, each NAME=VALUE, in the place of those of the same names. */
+/* The environment with `variables`, each NAME=VALUE and no name twice, in the place of those of the same names. */
 static char **environment_with(char **variables, size_t count) {
-    size_t inherited = 0, used = 0;
+    size_t inherited = 0, used = count;
     while (environ[inherited] != NULL)
         inherited++;
     char **merged = calloc(inherited + count + 1, sizeof *merged);
     if (merged == NULL)
         exit(1);
-    for (size_t at = 0; at < inherited + count; at++) {
-        char *entry = at < inherited ? environ[at] : variables[at - inherited];
-        size_t name = strcspn(entry, "=") + 1, slot = 0;
-        while (slot < used && strncmp(merged[slot], entry, name) != 0)
-            slot++;
-        merged[slot] = entry;
-        used += slot == used;
+    memcpy(merged, variables, count * sizeof *merged);
+    for (size_t at = 0; at < inherited; at++) {
+        size_t name = strcspn(environ[at], "=") + 1, same = 0;
+        while (same < count && strncmp(variables[same], environ[at], name) != 0)
+            same++;
+        if (same == count)
+            merged[used++] = environ[at];
     }
     return merged;
 }
@@ -301,7 +321,7 @@ static char **environment_with(char **variables, size_t count) {
 static void become_shell(const struct message *order, const int *descriptors, size_t count) {
     char *text = order->parts[order->count - 1];
     setsid();
-    /* Out of the way first: a source may lie where another one has to go. */
+    /* Duplicated first: one of them may have the number that another one is to get. */
     int sources[MOST_DESCRIPTORS];
     for (size_t at = 0; at < count; at++)
         sources[at] = descriptors[at] < (int)count ? fcntl(descriptors[at], F_DUPFD, (int)count) : descriptors[at];
@@ -310,7 +330,7 @@ static void become_shell(const struct message *order, const int *descriptors, si
     syscall(SYS_close_range, (unsigned)count, ~0U, 0);
     if (order->count > 4)
         environ = environment_with(order->parts + 3, order->count - 4);
-    /* What `ps` shows is where the arguments lay at the start. */
+    /* `ps` shows the memory in which the arguments were at the start. */
     size_t room = strlen(shell_arguments[2]);
     strncpy(shell_arguments[2], text, room);
     shell_arguments[0] = "sh";
@@ -318,7 +338,7 @@ static void become_shell(const struct message *order, const int *descriptors, si
     signal(SIGCHLD, SIG_DFL);
     signal(SIGINT, SIG_DFL);
     sigprocmask(SIG_SETMASK, &no_signals, NULL);
-    /* Only now: whoever can trace this process must not find our control socket in it. */
+    /* Not before the control socket is closed: from now on other commands can trace this process. */
     prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
@@ -348,7 +368,7 @@ static pid_t fork_in(const char *cwd) {
 
 static enum role run(const struct message *order) {
     const int streams[] = {null_input, output, output};
-    /* An earlier command may have made the pipe non-blocking, as Node.js does; that is a property of the pipe's open end. */
+    /* An earlier command may have made the pipe non-blocking, as Node.js does; the open file description is shared. */
     fcntl(output, F_SETFL, 0);
     pid_t pid = fork_in(order->parts[2]);
     if (pid == 0) {
@@ -363,12 +383,12 @@ static enum role run(const struct message *order) {
 }
 
 static void interrupt_kept_shell(int number) {
-    /* Before it has a group of its own, the interrupt waits for it to take signals. */
+    /* Before the shell has a process group of its own; there the signal stays pending until it is unblocked. */
     if (kill(-kept_shell, number) < 0)
         kill(kept_shell, number);
 }
 
-/* In a fork: stay as the one to whom all that is started from here comes back, and end as the shell ends. */
+/* In a fork: become the child subreaper of a kept command, and end with the exit status of its shell. */
 static enum role keep_shell(const struct message *order) {
     setsid();
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
@@ -457,7 +477,7 @@ static enum role obey(const struct message *order) {
         return run(order);
     if (strcmp(kind, "keep") == 0 && order->count >= 4)
         return keep(order);
-    /* A `kill` that crossed the `exit` of its command on the way finds nobody. */
+    /* The command may have ended while the order was on its way. */
     if (strcmp(kind, "kill") == 0)
         kill_child(number);
     else if (strcmp(kind, "interrupt") == 0)
@@ -469,7 +489,7 @@ static enum role obey(const struct message *order) {
     return INIT;
 }
 
-/* Report what has ended, after everything that it left behind has. */
+/* Report the commands that have ended, after the processes that they left behind have been killed. */
 static void settle(void) {
     int ended = 0;
     for (size_t at = 0; at < kept_count; at++)
@@ -522,7 +542,7 @@ static void set_limits(const char *limits) {
     }
 }
 
-/* What the server checks before it trusts a box: see `facts` in init.py. */
+/* Report what the server checks before it uses a box: see `facts` in init.py. */
 static void introduce(void) {
     static const char *const closed[] = {"/", "/usr", "/etc", "/dev"};
     static const char *const namespaces[] = {"user", "pid", "net", "ipc", "uts", "mnt", "cgroup"};
@@ -567,7 +587,7 @@ __attribute__((constructor)) static void begin(int count, char **arguments, char
     if (count != 3 || getenv("LD_PRELOAD") == NULL)
         return;
     unsetenv("LD_PRELOAD");
-    /* Asked whether a shell of this machine loads us; one that does not does as it is told. */
+    /* The check whether the shell of this machine loads this library: one that does not exits with status 1. */
     if (strcmp(arguments[2], "exit 1") == 0)
         _exit(0);
     if (getpid() != 1 || sscanf(arguments[2], "%d %d %n", &control, &output, &limits) != 2)
@@ -581,18 +601,18 @@ __attribute__((constructor)) static void begin(int count, char **arguments, char
     workspace = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     for (int number = 1; number < 32; number++)
         signal(number, SIG_DFL);
-    /* A child's end interrupts the wait for orders, and nothing else. */
+    /* The end of a child interrupts the wait for orders, and nothing else. */
     struct sigaction on_child = {.sa_handler = be_woken};
     sigset_t on_hold;
     sigemptyset(&no_signals);
     sigemptyset(&on_hold);
     sigaddset(&on_hold, SIGCHLD);
-    /* For keepers, who take none before they know whom it is for. */
+    /* A keeper must not handle an interrupt before it knows the shell to pass it on to. */
     sigaddset(&on_hold, SIGINT);
     sigprocmask(SIG_SETMASK, &on_hold, NULL);
     sigaction(SIGCHLD, &on_child, NULL);
     introduce();
-    /* Commands run as the same user: without this they could trace us, or take the control socket and answer in our name. */
+    /* Commands run as the same user: without this they could trace this process, or take the control socket and forge replies. */
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     serve();
 }

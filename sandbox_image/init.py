@@ -1,28 +1,28 @@
 """The process that lives in a box as its PID 1 and starts commands there.
 
 Run as `python -I -S init.py CONTROL OUTPUT LIMITS`: two inherited file descriptors and resource limits, `NUMBER:VALUE,...`.
-Needs the standard library only and works as a lone copy of this file. Its working directory is the workspace, its environment
-is what commands get. Where there is a C compiler boxes run init.c instead, which does the same.
+Needs the standard library and no other file of this package. Its working directory is the workspace, its environment that of
+the commands. Where there is a C compiler, boxes run init.c instead, which does the same.
 
-CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings with a NUL between each two; none of them can hold one:
+CONTROL is a SOCK_SEQPACKET socket. A packet is a list of byte strings without NUL, joined by NUL:
 
     init -> server   hello FACTS                             once, before anything else: see `facts`
     server -> init   run NUMBER CWD NAME=VALUE... COMMAND    CWD is relative to the workspace, empty for the workspace itself
-    init -> server   exit NUMBER STATUS                      the command and all that it started are dead; 128 + N for signal N
+    init -> server   exit NUMBER STATUS                      the command and its descendants are dead; 128 + N for signal N
                      error NUMBER TEXT                       it could not be started
     server -> init   kill NUMBER                             answered by `exit` as well
-                     keep NUMBER CWD NAME=VALUE... COMMAND   as `run`, but the command goes on beside others until it ends; the
-                                                             packet brings the descriptors that it gets as its 0, 1, 2...
+                     keep NUMBER CWD NAME=VALUE... COMMAND   as `run`, but the command goes on beside others until it ends; its
+                                                             descriptors 0, 1, 2... come with the packet
                      interrupt NUMBER                        SIGINT to the process group of a kept command
-                     enter NUMBER PATH                       the workspace is now what is at PATH
-                     listen NUMBER PORT                      listen on 127.0.0.1; the answer brings the socket
+                     enter NUMBER PATH                       the workspace is now at PATH
+                     listen NUMBER PORT                      listen on 127.0.0.1; the socket comes with the answer
     init -> server   done NUMBER                             the answer to `keep`, `enter` and `listen` if it is not `error`
 
-A message that is too large for a packet lies in a file, which comes with the packet `@`.
+A message that is too large for a packet lies in a file, which comes as the first descriptor of the packet `@`.
 
-OUTPUT is the write end of a pipe for what commands of `run` print. A kept command has a keeper, to whom all that it starts
-comes back when its parents end: that tells its processes from those that a `run` left behind. Without a PID namespace (no
-isolation) the init adopts orphans as well (a "child subreaper"), so that it can still find and kill everything.
+OUTPUT is the write end of a pipe for the output of `run`. A kept command has a keeper, a child subreaper that adopts the
+orphans among its descendants: so they are told apart from processes that a `run` has left behind. Without a PID namespace (no
+isolation) the init is a child subreaper as well, so that it can still find and kill all of its descendants.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Actions = tuple[Any, ...]
 
 @dataclass
 class Child:
-    """A process that was started for the server: the running command, or the keeper of one that outlives others."""
+    """A process that was started for the server: the running command, or the keeper of a kept one."""
 
     pid: int
     number: bytes
@@ -69,7 +69,7 @@ class Child:
 
 
 class Init:
-    """Starts one command at a time and leaves nothing of it behind, beside those that are to be kept."""
+    """Starts one command at a time, beside kept ones, and kills what a command leaves behind."""
 
     def __init__(self, control: socket.socket, output: int) -> None:
         self._control = control
@@ -78,7 +78,7 @@ class Init:
         self._environment = dict(os.environb)
         null_input = os.open("/dev/null", os.O_RDONLY)
         self._streams = _as_descriptors([null_input, output, output])
-        # Found once: /bin is a link, and so is sh.
+        # Resolved once: /bin and sh are links.
         self._shell = os.path.realpath("/bin/sh")
         self._alone = os.getpid() == 1
         self._command: Child | None = None
@@ -91,7 +91,7 @@ class Init:
         self._events.register(self._woken, select.POLLIN)
 
     def serve(self) -> NoReturn:
-        """Answer the server until it is gone."""
+        """Obey the server until the connection ends."""
         while True:
             for descriptor, _ in self._events.poll():
                 if descriptor == self._woken:
@@ -102,7 +102,7 @@ class Init:
                     self._obey(*self._receive())
 
     def send(self, *parts: bytes) -> None:
-        """Tell the server something."""
+        """Send a message to the server."""
         self._control.send(b"\0".join(parts))
 
     def _obey(self, order: list[bytes], descriptors: list[int]) -> None:
@@ -121,8 +121,8 @@ class Init:
     def _receive(self) -> tuple[list[bytes], list[int]]:
         packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if packet == BY_REFERENCE and attached:
-            with open(attached.pop(), "rb") as file:
-                # The writer's position came along.
+            with open(attached.pop(0), "rb") as file:
+                # The descriptors share the position, which is at the end after the writing.
                 file.seek(0)
                 packet = file.read()
         if not packet:
@@ -134,7 +134,7 @@ class Init:
         sys.exit(0)
 
     def _run(self, number: bytes, cwd: bytes, variables: list[bytes], command: bytes) -> None:
-        # An earlier command may have made the pipe non-blocking, as Node.js does; that is a property of the pipe's open end.
+        # An earlier command may have made the pipe non-blocking, as Node.js does; the open file description is shared.
         fcntl.fcntl(self._output, fcntl.F_SETFL, 0)
         try:
             if len(command) > LONGEST_ARGUMENT:
@@ -171,9 +171,9 @@ class Init:
             if len(self._kept) >= MOST_KEPT:
                 raise BlockingIOError(0, "too many kept commands")
             if cwd:
-                # The keeper goes there, but has nobody to complain to.
+                # Checked here, because the keeper cannot report an error.
                 os.close(os.open(cwd, os.O_PATH | os.O_DIRECTORY))
-            # The keeper takes no interrupt before it knows whom it is for.
+            # The keeper must not handle an interrupt before it knows the shell to pass it on to.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             pid = os.fork()
             if pid == 0:
@@ -189,7 +189,7 @@ class Init:
                 os.close(descriptor)
 
     def _be_keeper(self, cwd: bytes, variables: list[bytes], command: bytes, descriptors: list[int]) -> NoReturn:
-        """Stay as the one to whom all that is started from here comes back, and end as the command ends."""
+        """Become the child subreaper of a kept command, and end with its exit status."""
         code = 125
         try:
             signal.set_wakeup_fd(-1)
@@ -206,11 +206,11 @@ class Init:
                 pid, status = os.waitpid(-1, 0)
             code = _exit_status(status)
         finally:
-            # Whatever happens: this is a fork, and the rest of the program is its parent's.
+            # This is a fork: the code of the callers is for the parent alone.
             os._exit(code)
 
     def _signal(self, number: bytes, kind: signal.Signals) -> None:
-        # A `kill` that crossed the `exit` of its command on the way finds nobody.
+        # The command may have ended while the order was on its way.
         for child in self._children():
             if child.number == number and child.status is None and not (child is self._command and kind == signal.SIGINT):
                 os.kill(child.pid, kind)
@@ -241,7 +241,7 @@ class Init:
         self.send(b"error", number, str(error.strerror).encode())
 
     def _settle(self) -> None:
-        """Report what has ended, after everything that it left behind has."""
+        """Report the commands that have ended, after the processes that they left behind have been killed."""
         command = self._command
         if command is not None:
             if command.status is None:
@@ -270,7 +270,7 @@ class Init:
             return
 
     def _clear(self) -> None:
-        """Leave nobody but those who are kept; whoever outruns that takes them along."""
+        """Kill all processes but kept ones; if that does not succeed, because others fork too fast, kill those as well."""
         if any(child.status is None for child in self._kept):
             for number in range(MOST_PASSES):
                 if not self._kill_strangers():
@@ -281,7 +281,7 @@ class Init:
         self._kill_everybody()
 
     def _kill_strangers(self) -> bool:
-        """Kill whoever does not descend from a keeper; whether there was somebody."""
+        """Kill all processes that do not descend from a keeper; whether there were any."""
         keepers = {child.pid for child in self._kept if child.status is None}
         strangers = descendants(os.getpid(), spare=keepers)
         for pid in strangers:
@@ -296,7 +296,8 @@ class Init:
 
 
 def _as_descriptors(sources: list[int]) -> Actions:
-    """Spawn actions that give a process these as its 0, 1, 2..., though a source may lie where another has to go."""
+    """Spawn actions that make these descriptors 0, 1, 2... of a process."""
+    # Duplicated first: one of them may have the number that another one is to get.
     above = [fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, MOST_DESCRIPTORS) for source in sources]
     return tuple((os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(above))
 
@@ -314,7 +315,7 @@ def _kill(pid: int) -> None:
 
 
 def _exists_anybody() -> bool:
-    """Whether PID 1 has company, zombies included."""
+    """Whether there are other processes than PID 1, zombies included."""
     try:
         os.kill(-1, 0)
     except ProcessLookupError:
@@ -331,7 +332,7 @@ def _has_children() -> bool:
 
 
 def descendants(ancestor: int, spare: set[int] | frozenset[int] = frozenset()) -> list[int]:
-    """The processes below one, as `/proc` shows them at this moment, without those of `spare` and what is below them."""
+    """The descendants of a process, as `/proc` shows them, without those of `spare` and their descendants."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -341,7 +342,7 @@ def descendants(ancestor: int, spare: set[int] | frozenset[int] = frozenset()) -
                 line = file.read()
         except OSError:
             continue
-        # The command name is in brackets and may hold anything, brackets and spaces included.
+        # The command name is in brackets and may contain anything, brackets and spaces included.
         parent = int(line[line.rindex(b")") + 2 :].split()[1])
         children.setdefault(parent, []).append(int(name))
     found: list[int] = []
@@ -354,10 +355,10 @@ def descendants(ancestor: int, spare: set[int] | frozenset[int] = frozenset()) -
 
 
 def facts() -> bytes:
-    """What the server checks before it trusts a box: `/proc/self/status`, and lines of the same form about the rest.
+    """What the server checks before it uses a box: `/proc/self/status`, and more lines of that form.
 
-    `Box-Writable` lists what should not be writable and is, `Box-Workspace` is 1 if the workspace is, `Box-Interfaces` lists
-    the network interfaces with `+` if they are up and `-` if not, `Namespace-...` say which namespaces it lives in.
+    `Box-Writable` lists directories that are writable and should not be, `Box-Workspace` is 1 if the workspace is writable,
+    `Box-Interfaces` lists the network interfaces, with `+` if they are up and `-` if not, `Namespace-...` name its namespaces.
     """
     with open("/proc/self/status", "rb") as file:
         status = file.read()
@@ -377,8 +378,8 @@ def facts() -> bytes:
 
 
 def main(control_fd: int, output: int, limits: str) -> NoReturn:
-    """Close the door behind us, report, and serve."""
-    # PID 1 gets no signal from inside of its namespace that it has no handler for, and Python has one for this.
+    """Set the limits, report, and serve."""
+    # PID 1 gets from its own namespace only signals that it handles, and Python handles this one.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(0o022)
     for kind, value in (map(int, limit.split(":")) for limit in limits.split(",")):
@@ -390,7 +391,7 @@ def main(control_fd: int, output: int, limits: str) -> NoReturn:
     control = socket.socket(fileno=control_fd)
     report = facts()
     libc = ctypes.CDLL(None, use_errno=True)
-    # Commands run as the same user: without this they could trace us, or take the control socket and answer in our name.
+    # Commands run as the same user: without this they could trace this process, or take the control socket and forge replies.
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if os.getpid() != 1:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

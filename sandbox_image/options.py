@@ -81,7 +81,7 @@ class Options:
             parser.error(f"--processes must be at least {LEAST_PROCESSES}")
         if given.port is None and given.unix_socket is None:
             parser.error("give --port, --unix-socket or both")
-        # Files in memory count as memory, and no kill frees them.
+        # Files in memory count as memory of the slot, and no kill frees them.
         most = given.workspace_bytes if given.workspaces_on_disk else given.memory_bytes // 2
         workspace_bytes = min(given.workspace_bytes, most)
         storage = StorageOptions(workspace_bytes, given.workspace_inodes, given.workspaces_on_disk, given.layer_bytes)

@@ -104,7 +104,10 @@ def _conforms(value: object, expected: Any) -> bool:
         return value in typing.get_args(expected)
     if origin is dict and isinstance(value, dict):
         # JSON has no other keys than strings.
-        return all(_conforms(item, typing.get_args(expected)[1]) for item in value.values())
+        expected = typing.get_args(expected)[1]
+        return set(map(type, value.values())) <= _exact_types(expected) or all(
+            _conforms(item, expected) for item in value.values()
+        )
     if origin is not None:
         return isinstance(value, origin)
     if expected is float:

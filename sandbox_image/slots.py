@@ -1,11 +1,11 @@
-"""A slot: a workspace, the box around it, and the lease of whoever uses it."""
+"""A slot: a workspace, the box around it, and the lease of its user."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from sandbox_image.box.blueprint import Blueprint
 from sandbox_image.box.box import Box
@@ -27,9 +27,9 @@ from sandbox_image.protocol import (
     SlotState,
 )
 from sandbox_image.storage.layers import FrozenLayer
-from sandbox_image.storage.paths import WorkspaceFiles
 from sandbox_image.storage.storage import MountedWorkspace, Storage
 from sandbox_image.storage.trees import TreeCopyError
+from sandbox_image.storage.workspace_files import WorkspaceFiles
 from sandbox_image.tools.artifacts import contain
 from sandbox_image.tools.files import ReadFileArguments, WriteFileArguments, read_file, write_file
 from sandbox_image.tools.shell import BashArguments, bash
@@ -70,7 +70,7 @@ def check_call(request: ExecuteRequest) -> Arguments:
 
 
 class HostedSlot:
-    """One workspace at a time, calls in it one after the other."""
+    """Has one workspace at a time and runs calls in it one after the other."""
 
     def __init__(self, slot_id: str, boxes: Boxes, blueprint: Blueprint, storage: Storage) -> None:
         self.slot_id = slot_id
@@ -78,33 +78,36 @@ class HostedSlot:
         self._boxes = boxes
         self._blueprint = blueprint
         self._storage = storage
-        self._files = WorkspaceFiles(boxes.place)
+        self._files = WorkspaceFiles(boxes.directory)
         self._terminals: Terminals | None = None
         self._trouble = "it has not started"
         self._turn = asyncio.Lock()
         self._resets = asyncio.Lock()
         self._workspace: MountedWorkspace | None = None
-        # What it froze last: nobody else may have had the time to use it.
+        # The layer that was frozen last: referenced until the next reset, so that it is not evicted before its first use.
         self._frozen: FrozenLayer | None = None
-        # Those of boxes that are on their way out.
+        # The workspaces of boxes that are still dying.
         self._past: list[MountedWorkspace] = []
         self._network = False
         self._usual_network = False
         self._closing = False
-        self._memory_kills = boxes.place.group.kills()
+        self._memory_kills = boxes.directory.group.kills()
         self.defences: dict[str, Defence] = {}
-        """What was found when its box started."""
+        """The state of each defence when its box started."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs or it is being reset."""
+        return self._turn.locked()
 
     def state(self) -> SlotState:
-        """What it is at the moment."""
+        """Its current state."""
         box = self._boxes.box
-        state = "failed" if box is None or not box.alive else "ready"
-        if self._turn.locked():
+        state: Literal["ready", "busy", "failed"] = "failed" if box is None or not box.alive else "ready"
+        if self.busy:
             state = "busy"
         layer = None if self._workspace is None or self._workspace.layer is None else self._workspace.layer.name
-        return SlotState.from_json(
-            {"slot_id": self.slot_id, "lease": self.lease, "state": state, "layer": layer, "network": self._network}
-        )
+        return SlotState(self.slot_id, self.lease, state, layer, self._network)
 
     async def start(self) -> None:
         """Make an empty workspace and a box around it.
@@ -115,7 +118,7 @@ class HostedSlot:
         await self._renew(None, network=False, for_layer=False)
 
     def start_ahead(self) -> None:
-        """Let the box of the next reset be started."""
+        """Start the spare box for the next reset in the background."""
         if not self._closing:
             self._boxes.start_ahead(self._discard_past, network=self._usual_network)
 
@@ -141,20 +144,20 @@ class HostedSlot:
         return result
 
     async def artifact(self, request: Request, serve: Callable[[WorkspaceFiles, Request], Answer]) -> Answer:
-        """Look at the workspace; does not wait for a running call.
+        """Read the workspace, without waiting for a running call.
 
         Raises:
-            RequestError: the lease is not the slot's, before or after; or whatever `serve` finds.
+            RequestError: the lease is not the slot's, before or afterwards; or as `serve`.
         """
         self._check_lease(request.lease)
         lease = self.lease
         answer = await asyncio.to_thread(serve, self._files, request)
-        # A reset in between has taken away the files that were being read.
+        # After a reset in between, files may have been missing.
         self._check_lease(lease)
         return answer
 
-    def recording(self, request: ArtifactReadRequest) -> ArtifactContent:
-        """What the slot's terminal has shown since the last reset.
+    async def recording(self, request: ArtifactReadRequest) -> ArtifactContent:
+        """The recording of the slot's terminal since the last reset.
 
         Raises:
             RequestError: the lease is not the slot's, there is no recording, or it is larger than asked for.
@@ -163,7 +166,7 @@ class HostedSlot:
         content = b"" if self._terminals is None else self._terminals.recording()
         if not content:
             raise RequestError(ErrorKind.NOT_FOUND, f"{request.path}: no terminal was started")
-        return contain(request, content)
+        return await asyncio.to_thread(contain, request, content)
 
     async def reset(self, layer: str | None, *, network: bool, for_layer: bool = False) -> SlotState:
         """End the running call and start again with a new workspace, box and lease.
@@ -230,7 +233,7 @@ class HostedSlot:
         return self.state()
 
     async def close(self) -> None:
-        """Kill everything in it; a running call ends with `SHUTTING_DOWN`."""
+        """Kill its box; a running call fails with `SHUTTING_DOWN`."""
         self._closing = True
         await self._boxes.close()
         async with self._turn:
@@ -242,7 +245,7 @@ class HostedSlot:
         sandboxed = self._blueprint.isolation != "none"
         if isinstance(arguments, TerminalArguments):
             if self._terminals is None:
-                self._terminals = Terminals(box, self._boxes.place.uid, sandboxed=sandboxed)
+                self._terminals = Terminals(box, self._boxes.directory.uid, sandboxed=sandboxed)
             return await self._terminals.execute(arguments, timeout_s)
         if isinstance(arguments, BashArguments):
             return await bash(box, arguments, timeout_s, sandboxed=sandboxed)
@@ -252,7 +255,7 @@ class HostedSlot:
 
     def _out_of_memory(self) -> bool:
         """Whether a process was killed for the memory limit since this was last asked."""
-        before, self._memory_kills = self._memory_kills, self._boxes.place.group.kills()
+        before, self._memory_kills = self._memory_kills, self._boxes.directory.group.kills()
         return self._memory_kills != before
 
     async def _renew_or_fail(self, layer: FrozenLayer | None, *, network: bool, for_layer: bool) -> None:
@@ -277,38 +280,38 @@ class HostedSlot:
             if self._storage.mounts:
                 unused = None
                 await self._make(layer, for_layer)
-            await box.enter(self._boxes.place.seen_as)
-            # Only now: the end of a box's namespaces would hold up the mounts.
-            self._boxes.dismiss()
+            await box.enter(self._boxes.directory.seen_as)
+            # Only now: the end of its namespaces would delay the mounts.
+            self._boxes.doom_previous()
         except (SlotServerError, OSError) as error:
             self._trouble = str(error)
-            self._boxes.dismiss()
+            self._boxes.doom_previous()
             self._boxes.doom(str(error))
             raise
         finally:
             self._storage.layers.leave(unused)
         self.defences = box.defences
         self._network = network
-        self._memory_kills = self._boxes.place.group.kills()
+        self._memory_kills = self._boxes.directory.group.kills()
         if self._closing:
             await self._boxes.close()
 
     async def _make(self, layer: FrozenLayer | None, for_layer: bool) -> None:
-        self._workspace = await self._storage.make(self._boxes.place, layer, for_layer=for_layer)
-        self._files = WorkspaceFiles(self._boxes.place)
+        self._workspace = await self._storage.make(self._boxes.directory, layer, for_layer=for_layer)
+        self._files = WorkspaceFiles(self._boxes.directory)
 
     def _leave(self) -> None:
-        """Give everything back that belonged to the workspace."""
+        """Release what belongs to the workspace."""
         workspace, self._workspace = self._workspace, None
         frozen, self._frozen = self._frozen, None
         terminals, self._terminals = self._terminals, None
         if terminals is not None:
-            # What they have in the box ends with it.
-            self._boxes.dismiss()
+            # Their processes end with the box.
+            self._boxes.doom_previous()
             terminals.close()
         if workspace is not None:
             self._past.append(workspace)
-        if workspace is not None and workspace.place is self._boxes.place:
+        if workspace is not None and workspace.directory is self._boxes.directory:
             self._discard_past()
         self._storage.layers.leave(frozen)
 

@@ -1,4 +1,4 @@
-"""How the boxes of a server are built: what a box shows, what it may use, and the command line that says so to bubblewrap."""
+"""How the boxes of a server are built: what a box shows, its limits, and the bubblewrap command line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sandbox_image import compile_init, init
-from sandbox_image.box.network import ENVIRONMENT, NetworkPolicy
+from sandbox_image.box.network import NetworkPolicy
+from sandbox_image.box.proxy import ENVIRONMENT
 from sandbox_image.errors import StartupError
 from sandbox_image.kernel import seccomp
 from sandbox_image.kernel.cgroups import ControlGroups, SlotGroup
-from sandbox_image.kernel.mounts import SharedTrees
+from sandbox_image.kernel.shared_trees import SharedTrees
 from sandbox_image.protocol import WORKSPACE
 
 Isolation = Literal["bubblewrap", "none"]
@@ -30,7 +31,7 @@ COMPILED_INIT_IN_BOX = "/libinit.so"
 PROCESS_LIMITS = {"NOFILE": 4096, "CORE": 0, "FSIZE": 4 * 1024**3, "MEMLOCK": 64 * 1024}
 """Resource limits (`RLIMIT_*`) of every process in a box that no option changes."""
 TMPFS_BYTES = {"/tmp": 1024**3, HOME: 512 * 1024**2, "/dev/shm": 256 * 1024**2, "/run": 16 * 1024**2}
-"""The writable places of a box beside the workspace, in memory, with their sizes where the slot's memory is large enough."""
+"""The writable directories of a box beside the workspace, in memory, and their sizes if the slot's memory is large enough."""
 
 _SHOWN_COMMAND_CHARACTERS = 1024
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -53,18 +54,19 @@ _ETC = (
     "/etc/services",
 )
 _NEEDED_OPTIONS = ("--as-pid-1", "--die-with-parent", "--new-session", "--size", "--remount-ro", "--unshare-cgroup-try")
-# Not a place to show something else at: the box has its own there.
+# The box has its own file systems there: no tree can be shown at or around them.
 _RESERVED = ("/proc", "/dev", "/run", "/etc", WORKSPACE)
 
 
 @dataclass(frozen=True)
 class SlotDirectory:
-    """The files of one slot on the host: `root`, as the slot's user reaches it, holds the workspace and nothing else.
+    """One of the two directories of a slot on the host, each the home of one box and its workspace.
 
-    `uid` None is the server's own user; `seen_as` is the workspace's path for commands.
+    `files` has what describes the slot's user. `root` contains the mount point of the workspace and nothing else, by a path
+    that the slot's user can reach. `uid` None is the server's own user. `seen_as` is the workspace's path for commands.
     """
 
-    directory: Path
+    files: Path
     root: Path
     uid: int | None
     seen_as: str
@@ -77,17 +79,17 @@ class SlotDirectory:
 
     @property
     def unmounted(self) -> Path:
-        """The workspace where it is a directory among the server's own files, and not mounted."""
-        return self.directory / self.root.name / WORKSPACE.removeprefix("/")
+        """The workspace if it is a plain directory and not mounted, by a path that can be renamed."""
+        return self.files / self.root.name / WORKSPACE.removeprefix("/")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What all boxes of a server have in common."""
+    """What the boxes of a server have in common."""
 
     isolation: Isolation
     slots_directory: Path
-    stage: SharedTrees
+    shared_trees: SharedTrees
     groups: ControlGroups
     shown: tuple[str, ...]
     prefix: str
@@ -110,10 +112,10 @@ class Blueprint:
         required: Sequence[str] = (),
         policy: NetworkPolicy,
     ) -> Blueprint:
-        """Look at the machine and make everything reachable that boxes show.
+        """Find out what the host offers, and make what boxes show reachable for the slots' users.
 
-        Boxes without a defence that is `required` do not start.
-        Puts what boxes need into `data_dir/slots`. Must run before the process has a second thread.
+        Boxes without a defence that is `required` do not start. What boxes need is put into `data_dir/slots`. Must run before
+        the process has a second thread.
 
         Raises:
             StartupError: something is missing; the text names the remedy.
@@ -131,13 +133,13 @@ class Blueprint:
             shutil.copy(compile_init.LIBRARY, slots_directory / compile_init.LIBRARY.name)
         trees = list(dict.fromkeys([str(slots_directory), *shown]))
         if os.geteuid() == 0:
-            stage = SharedTrees.set_up(trees, data_dir / "stage", keep=[str(data_dir), *keep])
+            shared_trees = SharedTrees.mounted(trees, data_dir / "stage", keep=[str(data_dir), *keep])
         else:
-            stage = SharedTrees.plain(trees)
+            shared_trees = SharedTrees.plain(trees)
         return cls(
             isolation=isolation,
             slots_directory=slots_directory,
-            stage=stage,
+            shared_trees=shared_trees,
             groups=groups,
             shown=tuple(trees[1:]),
             prefix=prefix,
@@ -149,79 +151,79 @@ class Blueprint:
             seccomp_filter=None if isolation == "none" else seccomp.filter_of_this_machine(),
         )
 
-    def places(self, index: int) -> tuple[SlotDirectory, SlotDirectory]:
-        """Make the directory of a slot, with two places for its workspace, and the files that describe its user."""
-        directory = self.slots_directory / f"slot_{index}"
-        directory.mkdir(mode=0o711)
+    def make_slot(self, index: int) -> tuple[SlotDirectory, SlotDirectory]:
+        """Make the two directories of a slot, and the files that describe its user."""
+        files = self.slots_directory / f"slot_{index}"
+        files.mkdir(mode=0o711)
         uid = FIRST_SLOT_UID + index if os.geteuid() == 0 else None
         shown_uid, shown_gid = (uid, uid) if uid is not None else (os.getuid(), os.getgid())
-        (directory / "passwd").write_text(
+        (files / "passwd").write_text(
             f"root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:{shown_uid}:{shown_gid}:user:{HOME}:/bin/sh\n"
             "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
         )
-        (directory / "group").write_text(f"root:x:0:\nuser:x:{shown_gid}:\nnogroup:x:65534:\n")
-        (directory / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n")
+        (files / "group").write_text(f"root:x:0:\nuser:x:{shown_gid}:\nnogroup:x:65534:\n")
+        (files / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost ip6-localhost\n")
         for name in ("passwd", "group", "hosts"):
-            (directory / name).chmod(0o644)
-        return self._place(directory, "front", uid, index), self._place(directory, "back", uid, index)
+            (files / name).chmod(0o644)
+        return self._slot_directory(files, "front", uid, index), self._slot_directory(files, "back", uid, index)
 
-    def _place(self, directory: Path, name: str, uid: int | None, index: int) -> SlotDirectory:
-        (directory / name).mkdir(mode=0o711)
-        root = Path(self.staged(directory / name))
+    def _slot_directory(self, files: Path, name: str, uid: int | None, index: int) -> SlotDirectory:
+        (files / name).mkdir(mode=0o711)
+        root = Path(self.shared_path(files / name))
         seen_as = WORKSPACE if self.isolation == "bubblewrap" else f"{root}{WORKSPACE}"
-        return SlotDirectory(directory, root, uid, seen_as, self.groups.slot(index))
+        return SlotDirectory(files, root, uid, seen_as, self.groups.slot(index))
 
-    def argv(self, place: SlotDirectory, *, control: int, output: int, seccomp_filter: int | None) -> list[str]:
-        """The command line of a box whose init talks over two inherited descriptors.
+    def argv(self, directory: SlotDirectory, *, control: int, output: int, seccomp_filter: int | None) -> list[str]:
+        """The command line of a box around the workspace of a slot directory.
 
-        `seccomp_filter` is a third one, from which bubblewrap reads the filter, if there is one.
+        The descriptors that the box inherits: `control` and `output` for its init, and the file of the seccomp filter.
         """
         limits = ",".join(f"{getattr(resource, f'RLIMIT_{name}')}:{value}" for name, value in self.process_limits.items())
         init = ["-I", "-S", INIT_IN_BOX, str(control), str(output), limits]
         if self.isolation == "none":
-            init[2] = self.staged(self.slots_directory / "init.py")
+            init[2] = self.shared_path(self.slots_directory / "init.py")
             interpreter = os.path.realpath(sys.executable)
             if self.prefix in self.shown:
-                interpreter = self.stage.source(self.prefix) + interpreter.removeprefix(self.prefix)
-            return [*_become(place.uid), interpreter, *init]
-        box = [*_become(place.uid), self.bubblewrap, *self._box_options(place)]
+                interpreter = self.shared_trees.path(self.prefix) + interpreter.removeprefix(self.prefix)
+            return [*_become(directory.uid), interpreter, *init]
+        box = [*_become(directory.uid), self.bubblewrap, *self._box_options(directory)]
         if seccomp_filter is not None:
             box += ["--seccomp", str(seccomp_filter)]
         if self.compiled_init:
-            # Room for the command that `ps` shows in its place.
+            # `ps` shows the running command here, as far as there is room.
             arguments = f"{control} {output} {limits}".ljust(_SHOWN_COMMAND_CHARACTERS)
             return [*box, "--setenv", "LD_PRELOAD", COMPILED_INIT_IN_BOX, "--", "/bin/sh", "-c", arguments]
         return [*box, "--", os.path.realpath(sys.executable), *init]
 
     @property
     def process_limits(self) -> dict[str, int]:
-        """Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts all processes of the box together."""
+        """Resource limits (`RLIMIT_*`) of every process in a box; NPROC counts the processes of the slot's user together."""
         limits = {**PROCESS_LIMITS, "NPROC": self.groups.limits.processes}
         if "memory" in self.groups.missing:
-            # Not the address space: some runtimes reserve far more of it than they use.
+            # Not the address space (AS): some runtimes reserve far more of it than they use.
             limits["DATA"] = self.groups.limits.memory_bytes
         return limits
 
     @property
     def tmpfs_bytes(self) -> dict[str, int]:
-        """The sizes of the places of `TMPFS_BYTES`: not so large that files, which no kill frees, could use up the memory."""
-        # The workspace may have the half.
+        """The sizes of the directories of `TMPFS_BYTES`: files in memory, which no kill frees, never use up a slot's memory."""
+        # The workspace may use half of it.
         share = min(1.0, 0.45 * self.groups.limits.memory_bytes / sum(TMPFS_BYTES.values()))
         return {path: int(size * share) for path, size in TMPFS_BYTES.items()}
 
-    def staged(self, path: Path) -> str:
-        """A path below the slots' directory as the user of a slot reaches it."""
-        return f"{self.stage.source(str(self.slots_directory))}/{path.relative_to(self.slots_directory)}"
+    def shared_path(self, path: Path) -> str:
+        """A path below `slots_directory` as the user of a slot reaches it."""
+        return f"{self.shared_trees.path(str(self.slots_directory))}/{path.relative_to(self.slots_directory)}"
 
-    def environment(self, place: SlotDirectory, *, network: bool) -> dict[str, str]:
-        """All that a command finds in its environment, unless the call adds to it."""
+    def environment(self, directory: SlotDirectory, *, network: bool) -> dict[str, str]:
+        """The whole environment of a command, without what a call adds."""
         path = _SYSTEM_PATH
         if self.prefix in self.shown:
-            visible = self.prefix if self.isolation == "bubblewrap" else self.stage.source(self.prefix)
+            visible = self.prefix if self.isolation == "bubblewrap" else self.shared_trees.path(self.prefix)
             path = f"{visible}/bin:{path}"
         return {
             "PATH": path,
-            "HOME": HOME if self.isolation == "bubblewrap" else place.seen_as,
+            "HOME": HOME if self.isolation == "bubblewrap" else directory.seen_as,
             "USER": "user",
             "LOGNAME": "user",
             "SHELL": "/bin/sh",
@@ -231,7 +233,7 @@ class Blueprint:
         }
 
     def limits(self) -> dict[str, Any]:
-        """What is enforced, for `/health`."""
+        """The limits that are enforced, for `/health`."""
         enforced: dict[str, Any] = {f"rlimit_{name.lower()}": value for name, value in self.process_limits.items()}
         enforced["cgroups"] = self.groups.versions
         if "memory" in self.groups.versions:
@@ -244,7 +246,7 @@ class Blueprint:
         enforced["nested_user_namespaces"] = "--disable-userns" not in self.options
         return enforced
 
-    def _box_options(self, place: SlotDirectory) -> list[str]:
+    def _box_options(self, directory: SlotDirectory) -> list[str]:
         argv = ["--unshare-user"]
         if "--disable-userns" in self.options:
             argv.append("--disable-userns")
@@ -262,12 +264,12 @@ class Blueprint:
         for path in _ETC:
             argv += ["--ro-bind-try", path, path]
         for name in ("passwd", "group", "hosts"):
-            argv += ["--ro-bind", self.staged(place.directory / name), f"/etc/{name}"]
+            argv += ["--ro-bind", self.shared_path(directory.files / name), f"/etc/{name}"]
         init = (compile_init.LIBRARY.name, COMPILED_INIT_IN_BOX) if self.compiled_init else ("init.py", INIT_IN_BOX)
-        argv += ["--ro-bind", self.staged(self.slots_directory / init[0]), init[1]]
+        argv += ["--ro-bind", self.shared_path(self.slots_directory / init[0]), init[1]]
         for path in self.shown:
-            argv += ["--ro-bind", self.stage.source(path), path]
-        argv += ["--bind", str(place.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]
+            argv += ["--ro-bind", self.shared_trees.path(path), path]
+        argv += ["--bind", str(directory.workspace), WORKSPACE, "--remount-ro", "/dev", "--remount-ro", "/"]
         return [*argv, "--chdir", WORKSPACE]
 
 
@@ -287,9 +289,9 @@ def _check_shown(path: str) -> str:
 
 
 def _become(uid: int | None) -> list[str]:
-    """How a command line begins that runs as a slot's user.
+    """The beginning of a command line that runs as a slot's user.
 
-    By a program, because the interpreter would have to copy itself to change its user, which stops it for milliseconds.
+    A program changes the user: subprocess would have to fork the whole interpreter for that, which takes milliseconds.
     """
     return [] if uid is None else [_SETPRIV, f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 

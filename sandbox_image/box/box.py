@@ -1,4 +1,4 @@
-"""The box of a slot: a sandbox that starts once, with our init inside, and runs one command after the other."""
+"""The box of a slot: a sandbox that starts once, with our init as its PID 1, and runs one command after the other."""
 
 from __future__ import annotations
 
@@ -14,62 +14,25 @@ from dataclasses import dataclass, field
 
 from sandbox_image.box.blueprint import Blueprint, SlotDirectory
 from sandbox_image.box.channel import InitChannel, Reply
+from sandbox_image.box.commands import CommandEnd, KeptCommand, RunningCommand
 from sandbox_image.box.defences import Defence, check_required, inspect, read_limits
-from sandbox_image.box.network import PORT, BoxProxy, NetworkPolicy
+from sandbox_image.box.network import NetworkPolicy
+from sandbox_image.box.proxy import PORT, BoxProxy
 from sandbox_image.errors import BoxError, ToolError
+from sandbox_image.kernel import linux
 from sandbox_image.kernel.cgroups import SlotGroup
 
 START_TIMEOUT_S = 30.0
-KILL_MARGIN_S = 5.0
-"""How long the init may take to kill a command that ran out of time before the whole box is given up."""
+KILL_MARGIN_S = 4.0
+"""An init that is to kill a command whose time is over, and does nothing for so long, is given up."""
+MAX_KILL_S = 12.0
+"""How long it may take where processors are scarce and processes many: less than clients wait beyond a call's timeout."""
 _PIPE_READ = 65536
 
 
 @dataclass
-class _Call:
-    number: bytes
-    sink: Callable[[bytearray], None]
-    expired: bool = False
-
-
-@dataclass(frozen=True)
-class CommandEnd:
-    """How a command ended: an exit status (128 + N for signal N; None if its time ran out) or why it never began."""
-
-    exit_code: int | None
-    expired: bool = False
-    error: str | None = None
-
-
-class KeptCommand:
-    """A command that runs beside those of the calls until it ends or is killed."""
-
-    def __init__(self, channel: InitChannel, number: bytes) -> None:
-        self._channel = channel
-        self._number = number
-        self.ended = channel.exit_of(number)
-        """Its exit status (128 + N for signal N), set when it and all that it started are dead; `BoxError` if the box died."""
-
-    def interrupt(self) -> None:
-        """SIGINT to its process group.
-
-        Raises:
-            BoxError: the box died.
-        """
-        self._channel.order(b"interrupt", self._number)
-
-    def kill(self) -> None:
-        """Kill it and all that it started, without waiting for it.
-
-        Raises:
-            BoxError: the box died.
-        """
-        self._channel.order(b"kill", self._number)
-
-
-@dataclass
 class Box:
-    """A running sandbox. Belongs to the event loop's thread, to which bubblewrap's life is tied."""
+    """A running sandbox. Must be started by the event loop's thread: bubblewrap dies with the thread that started it."""
 
     _process: subprocess.Popen[bytes]
     _channel: InitChannel
@@ -80,30 +43,31 @@ class Box:
     _contained: bool
     _group: SlotGroup
     defences: dict[str, Defence] = field(default_factory=dict)
-    """What was found when it started."""
+    """The state of each defence when it started."""
     used: bool = False
     """Whether a command has been started in it."""
     _proxy: BoxProxy | None = None
+    _init: int = 0
     _init_fd: int | None = None
-    _call: _Call | None = None
+    _running: RunningCommand | None = None
     _verdict: str | None = None
     _closed: bool = False
     _buffer: bytearray = field(default_factory=lambda: bytearray(_PIPE_READ))
     _dying: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
-    async def start(cls, blueprint: Blueprint, place: SlotDirectory, *, network: bool = False) -> Box:
-        """Start a box around a workspace and make sure that it is one.
+    async def start(cls, blueprint: Blueprint, directory: SlotDirectory, *, network: bool = False) -> Box:
+        """Start a box around the workspace of a slot directory, and check its defences.
 
         Raises:
-            BoxError: it does not start, or a defence is missing. Nothing is left running then.
+            BoxError: it does not start, or a required defence is missing. Nothing is left running then.
         """
-        box = cls._spawn(blueprint, place, network)
+        box = cls._spawn(blueprint, directory, network)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 init, facts = await asyncio.shield(box._channel.hello)
                 await box._take_charge(init)
-            box._check(blueprint, place, init, facts)
+            box._check(blueprint, directory, init, facts)
             if network and box._contained:
                 await box._open_network(blueprint.policy)
         except TimeoutError:
@@ -118,10 +82,10 @@ class Box:
         return box
 
     async def _abandon(self) -> None:
-        """Kill a box that is still starting.
+        """Kill a box that is still starting, once its init is there.
 
-        A bubblewrap that is killed while it makes namespaces can leave a child behind that waits for it for ever. Once there is
-        an init, that can be killed with all that is in the box.
+        Killed while it makes namespaces, bubblewrap can leave a child behind that waits for it for ever. The death of the init
+        ends all processes of its PID namespace.
         """
         with suppress(TimeoutError, BoxError):
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -131,9 +95,9 @@ class Box:
         await self.kill("its start was cancelled")
 
     @classmethod
-    def _spawn(cls, blueprint: Blueprint, place: SlotDirectory, network: bool) -> Box:
+    def _spawn(cls, blueprint: Blueprint, directory: SlotDirectory, network: bool) -> Box:
         loop = asyncio.get_running_loop()
-        # What it calls belongs to the box, which is not there yet; nothing comes before the event loop runs again.
+        # The callbacks refer to the box, which is made below: they are not called before the event loop runs again.
         channel = InitChannel(on_reply=lambda: box._drain(), on_lost=lambda reason: box._lost(reason))
         output, their_output = os.pipe()
         complaints = os.memfd_create("complaints")
@@ -141,17 +105,17 @@ class Box:
         theirs = [their_output, *([] if seccomp_filter is None else [seccomp_filter])]
         try:
             os.set_blocking(output, False)
-            if place.uid is not None:
-                # The right to open /dev/stdout and /dev/stderr is that to the pipe's inode, which would be ours alone.
-                os.fchown(their_output, place.uid, place.uid)
+            if directory.uid is not None:
+                # Opening /dev/stdout or /dev/stderr needs permission for the pipe's inode, which belongs to the server.
+                os.fchown(their_output, directory.uid, directory.uid)
             process = subprocess.Popen(
-                blueprint.argv(place, control=channel.their_end, output=their_output, seccomp_filter=seccomp_filter),
+                blueprint.argv(directory, control=channel.their_end, output=their_output, seccomp_filter=seccomp_filter),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=complaints,
                 pass_fds=[channel.their_end, *theirs],
-                cwd="/" if blueprint.isolation == "bubblewrap" else place.seen_as,
-                env=blueprint.environment(place, network=network),
+                cwd="/" if blueprint.isolation == "bubblewrap" else directory.seen_as,
+                env=blueprint.environment(directory, network=network),
                 start_new_session=True,
             )
         except OSError as error:
@@ -164,32 +128,34 @@ class Box:
                 os.close(descriptor)
         contained = blueprint.isolation != "none"
         exit_fd = os.pidfd_open(process.pid)
-        box = cls(process, channel, output, complaints, exit_fd, loop.create_future(), contained, place.group)
+        box = cls(process, channel, output, complaints, exit_fd, loop.create_future(), contained, directory.group)
         channel.open()
         loop.add_reader(output, box._on_output)
         loop.add_reader(exit_fd, box._on_exit)
         return box
 
     async def _take_charge(self, init: int) -> None:
-        """Put the init under the limits of its slot, before it has started anything."""
+        """Put the init into the control groups of its slot, before it has started a process."""
         try:
-            self._init_fd = os.pidfd_open(init)
-            # The kernel may let whoever moves a process wait for all processors, for 10 ms and more.
+            self._init, self._init_fd = init, os.pidfd_open(init)
+            # Among a thousand processes it would wait for seconds to be scheduled when it has to kill them.
+            linux.schedule_first(init)
+            # Moving a process may wait for an RCU grace period, 10 ms and more.
             await asyncio.to_thread(self._group.add, init)
         except OSError as error:
             raise BoxError(f"it cannot be limited: {error}") from error
 
-    def _check(self, blueprint: Blueprint, place: SlotDirectory, init: int, facts: dict[str, str]) -> None:
-        """Look for the defences of a box that has just started, before it gets a command."""
+    def _check(self, blueprint: Blueprint, directory: SlotDirectory, init: int, facts: dict[str, str]) -> None:
+        """Check the defences, before the first command."""
         try:
             limits = read_limits(init)
         except OSError as error:
             raise BoxError(f"its limits cannot be read: {error.strerror}") from error
-        self.defences = inspect(blueprint, place, facts, limits)
+        self.defences = inspect(blueprint, directory, facts, limits)
         check_required(self.defences, blueprint.required)
 
     async def _open_network(self, policy: NetworkPolicy) -> None:
-        """Serve the proxy that is its way out, before it gets a command that could take its port."""
+        """Start the proxy for the box, before the first command, which could take its port."""
         try:
             listening = await self.listen(PORT)
         except ToolError as error:
@@ -199,11 +165,11 @@ class Box:
 
     @property
     def alive(self) -> bool:
-        """Whether it can run a command."""
+        """Whether it can run commands."""
         return self._verdict is None and not self._closed
 
     def still_runs(self) -> bool:
-        """Whether it is alive at this moment, even if the event loop has not heard of its end yet."""
+        """Whether it is alive at this moment; `alive` may not have been updated yet."""
         if not self.alive or self._init_fd is None:
             return False
         end = select.poll()
@@ -212,7 +178,7 @@ class Box:
 
     @property
     def verdict(self) -> str:
-        """Why it is not alive any more."""
+        """The reason why it is not alive any more."""
         return self._verdict or "it is closed"
 
     async def run(
@@ -224,40 +190,42 @@ class Box:
         cwd: bytes = b"",
         variables: Sequence[bytes] = (),
     ) -> CommandEnd:
-        """Run a command with `/bin/sh -c`; when this returns, everything that it started is dead.
+        """Run a command with `/bin/sh -c`; when this returns, all processes that it started are dead.
 
-        `sink` gets what is printed, as it comes, standard output and error in one stream. `cwd` is relative to the workspace,
-        `variables` (`NAME=value`) are added to the environment; none of it holds a NUL. One command at a time.
+        `sink` takes the output as it comes, standard output and error in one stream. `cwd` is relative to the workspace,
+        `variables` (`NAME=value`) are added to the environment. No argument contains a NUL. One command at a time.
 
         Raises:
-            BoxError: the box died, or had to be killed because it did not answer.
+            BoxError: the box died, or was killed because its init did not answer.
         """
         if not self.alive:
             raise BoxError(self.verdict)
         self.used = True
         loop = asyncio.get_running_loop()
-        call = self._call = _Call(self._channel.new_number(), sink)
-        timer = loop.call_later(timeout_s, self._expire, call)
+        running = self._running = RunningCommand(self._channel.new_number(), sink)
         try:
-            reply = await self._channel.ask(b"run", call.number, cwd, *variables, command)
+            answer = await self._channel.ask(b"run", running.number, cwd, *variables, command)
+            timer = loop.call_later(timeout_s, self._expire, running)
+            try:
+                reply = await answer
+            finally:
+                timer.cancel()
         except BaseException:
-            # Whatever interrupts the wait, a command that nobody waits for must not run on.
-            self._call = None
+            # Cancelled, for example: a command that nobody waits for must not go on.
             self.doom("a call was abandoned")
             raise
         finally:
-            timer.cancel()
-            self._call = None
+            self._running = None
         if reply.kind == b"error":
             return CommandEnd(None, error=reply.text.decode(errors="replace"))
-        return CommandEnd(None, expired=True) if call.expired else CommandEnd(int(reply.text))
+        return CommandEnd(None, expired=True) if running.expired else CommandEnd(int(reply.text))
 
     async def keep(
         self, command: bytes, descriptors: Sequence[int], *, cwd: bytes = b"", variables: Sequence[bytes] = ()
     ) -> KeptCommand:
         """Start a command with `/bin/sh -c` that outlives calls, with these descriptors as its 0, 1, 2... and no others.
 
-        The caller closes its own copies.
+        The caller keeps its own copies of them.
 
         Raises:
             ToolError: it cannot be started.
@@ -274,7 +242,7 @@ class Box:
         return kept
 
     async def enter(self, path: str) -> None:
-        """Take what is now mounted at a path of the box as the workspace; only between calls.
+        """Use the directory that is now mounted at a path of the box as the workspace; only between calls.
 
         Raises:
             ToolError: it is no directory, or cannot be written.
@@ -295,14 +263,14 @@ class Box:
         return socket.socket(fileno=reply.descriptors[0])
 
     def doom(self, reason: str) -> None:
-        """Kill all that is in the box, without waiting for it; the running call ends with `reason`."""
+        """Kill all processes of the box, without waiting for their end; the running call fails with `reason`."""
         if self._closed:
             return
         if self._verdict is None:
             self._verdict = reason
         self._channel.fail(BoxError(self._verdict))
         if not self._contained:
-            # Without a namespace only the init knows what it started; it kills that and leaves when the socket closes.
+            # Without a PID namespace only the init knows its descendants; it kills them and ends when the socket closes.
             self._channel.shut_down()
             asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._process.kill)
         elif self._init_fd is not None:
@@ -314,20 +282,20 @@ class Box:
             self._process.kill()
 
     async def kill(self, reason: str) -> None:
-        """Kill all that is in the box; when this returns, it is gone.
+        """Kill all processes of the box; when this returns, they are gone.
 
         Raises:
-            BoxError: it does not die.
+            BoxError: they do not die.
         """
         self.doom(reason)
-        # A reset and the end of the server may both wait for it, and a descriptor can have one reader.
+        # A reset and the end of the server may wait at the same time, and a descriptor can have one reader.
         async with self._dying:
             if self._closed:
                 return
             try:
                 async with asyncio.timeout(START_TIMEOUT_S):
                     await asyncio.shield(self._exited)
-                    # Readable once the init is a zombie, and PID 1 becomes one only after all others in its namespace are gone.
+                    # Readable when PID 1 is a zombie, which it becomes after all other processes of its namespace are gone.
                     if self._init_fd is not None:
                         await _readable(self._init_fd)
             except TimeoutError:
@@ -347,17 +315,17 @@ class Box:
                 os.close(descriptor)
 
     async def _ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> Reply:
-        """Give the init an order that it follows at once.
+        """Send the init an order that it carries out at once.
 
         Raises:
-            ToolError: it cannot.
+            ToolError: it cannot be carried out.
             BoxError: the box died.
         """
         if not self.alive:
             raise BoxError(self.verdict)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                reply = await self._channel.ask(kind, number, *parts, descriptors=descriptors)
+                reply = await (await self._channel.ask(kind, number, *parts, descriptors=descriptors))
         except TimeoutError:
             self.doom("its init did not answer")
             raise BoxError(self.verdict) from None
@@ -365,38 +333,52 @@ class Box:
             raise ToolError(reply.text.decode(errors="replace"))
         return reply
 
-    def _expire(self, call: _Call) -> None:
-        if call is not self._call:
+    def _expire(self, running: RunningCommand) -> None:
+        if running is not self._running:
             return
-        call.expired = True
+        running.expired = True
         try:
-            self._channel.order(b"kill", call.number)
+            self._channel.order(b"kill", running.number)
         except BoxError as error:
             self.doom(str(error))
             return
-        asyncio.get_running_loop().call_later(KILL_MARGIN_S, self._give_up, call)
+        self._await_kill(running, asyncio.get_running_loop().time() + MAX_KILL_S)
 
-    def _give_up(self, call: _Call) -> None:
-        if call is self._call:
+    def _await_kill(self, running: RunningCommand, deadline: float, used_s: float = -1.0) -> None:
+        """Give the init up at the deadline, or when it has used no processor time since it had used `used_s`."""
+        if running is not self._running:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            now_s = linux.processor_time(self._init)
+        except OSError:
+            # Its end is about to be noticed.
+            return
+        if now_s == used_s or loop.time() > deadline:
             self.doom("its init did not answer")
+        else:
+            loop.call_later(KILL_MARGIN_S, self._await_kill, running, deadline, now_s)
 
     def _drain(self) -> None:
-        """When a command's end is reported, everybody who could write is dead: what is in the pipe then is all there is."""
-        while self._on_output():
-            pass
+        """Read what the pipe contains now: all output of a command is there when its end is reported.
 
-    def _on_output(self) -> bool:
-        """Take what is in the pipe; whether there was something."""
+        Output that is added meanwhile is left: a kept command may have opened the pipe, and write without end.
+        """
+        left = linux.bytes_in_pipe(self._output)
+        while left > 0 and (size := self._on_output()):
+            left -= size
+
+    def _on_output(self) -> int:
+        """Read once; how many bytes there were."""
         try:
             size = os.readv(self._output, (self._buffer,))
         except BlockingIOError:
-            return False
+            return 0
         if size == 0:
             asyncio.get_running_loop().remove_reader(self._output)
-            return False
-        if self._call is not None:
-            self._call.sink(self._buffer[:size])
-        return True
+        elif self._running is not None:
+            self._running.sink(self._buffer[:size])
+        return size
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._exit_fd)
@@ -413,7 +395,7 @@ class Box:
 
 
 def _filter_file(blueprint: Blueprint) -> int | None:
-    """A file with the seccomp filter. One for each box: those who share an open file share its position."""
+    """A file with the seccomp filter, for one box: descriptors of one open file share the position."""
     if blueprint.seccomp_filter is None:
         return None
     descriptor = os.memfd_create("seccomp")

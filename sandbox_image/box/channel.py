@@ -1,4 +1,4 @@
-"""The socket over which the init of a box takes its orders; `sandbox_image.init` has the messages."""
+"""The socket between the server and the init of a box; the messages are described in `sandbox_image.init`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sandbox_image import pieces
 from sandbox_image.errors import BoxError
 from sandbox_image.init import BY_REFERENCE, PACKET_BYTES
 
@@ -21,7 +22,7 @@ _REPLY_ANCILLARY_BYTES = socket.CMSG_SPACE(_DESCRIPTOR.size)
 
 @dataclass(frozen=True)
 class Reply:
-    """What the init says to an order."""
+    """The init's answer to an order."""
 
     kind: bytes
     text: bytes
@@ -29,12 +30,12 @@ class Reply:
 
 
 class InitChannel:
-    """The server's end. Each order has a number, by which the init's replies find whoever waits for them."""
+    """The server's end. Each order has a number, which the init's reply repeats."""
 
     def __init__(self, *, on_reply: Callable[[], None], on_lost: Callable[[str], None]) -> None:
-        """`on_reply` is called before anybody gets a reply, `on_lost` when the init is gone, with how that is known."""
+        """`on_reply` is called before a reply is handed out, `on_lost` with the reason when the connection has ended."""
         self.hello: asyncio.Future[tuple[int, dict[str, str]]] = asyncio.get_running_loop().create_future()
-        """Which process the init is and what it reports: see `sandbox_image.init.facts`."""
+        """The init's process id on the host, and what it reports: see `sandbox_image.init.facts`."""
         self._on_reply = on_reply
         self._on_lost = on_lost
         self._orders = 0
@@ -42,36 +43,36 @@ class InitChannel:
         self._exits: dict[bytes, asyncio.Future[int]] = {}
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
-        # The kernel tells with the first packet which process of ours the init is; from inside it only sees itself as 1.
+        # The kernel adds the sender's process id to the first packet; the init itself only knows that it is 1 in its namespace.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
     @property
     def their_end(self) -> int:
-        """The descriptor that the init inherits."""
+        """The descriptor for the init to inherit."""
         return self._theirs.fileno()
 
     def open(self) -> None:
-        """Listen; the init has been started with its end."""
+        """Begin to listen, after the init has been started with its end."""
         self._theirs.close()
         asyncio.get_running_loop().add_reader(self._socket, self._on_hello)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close both ends."""
         asyncio.get_running_loop().remove_reader(self._socket)
         self._socket.close()
         self._theirs.close()
 
     def shut_down(self) -> None:
-        """Let the init see that nobody will give it orders any more."""
+        """Let the init see the end of the connection."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def fail(self, error: BoxError) -> None:
-        """Whoever waits for the init waits in vain."""
+        """Let everything that waits for the init fail."""
         waiting: list[asyncio.Future[Any]] = [self.hello, *self._answers.values(), *self._exits.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(error)
-                # Nobody may be waiting for it.
+                # Retrieved, so that nothing is logged if no task waits for it.
                 future.exception()
 
     def new_number(self) -> bytes:
@@ -80,43 +81,53 @@ class InitChannel:
         return b"%d" % self._orders
 
     def exit_of(self, number: bytes) -> asyncio.Future[int]:
-        """What will be the exit status of a kept command; to be asked for before the order is given."""
+        """The future exit status of a kept command; to be asked for before the order is sent."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exits[number] = future
         return future
 
     def forget(self, number: bytes) -> None:
-        """Nobody waits for that kept command any more."""
+        """Do not wait for that kept command any more."""
         self._exits.pop(number, None)
 
-    async def ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> Reply:
-        """Give an order and wait for its answer.
+    async def ask(self, kind: bytes, number: bytes, *parts: bytes, descriptors: Sequence[int] = ()) -> asyncio.Future[Reply]:
+        """Send an order that is answered; returns the future reply, which fails with a `BoxError` if the box dies.
 
         Raises:
-            BoxError: the init does not take it, or is gone before it answers.
+            BoxError: it cannot be sent.
         """
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         try:
-            self.order(kind, number, *parts, descriptors=descriptors)
-            return await answer
-        finally:
+            head, last = b"\0".join((kind, number, *parts[:-1], b"")), parts[-1]
+            if len(head) + len(last) <= PACKET_BYTES:
+                self._send(head + last, descriptors)
+            else:
+                await self._send_by_reference(head, last, descriptors)
+        except BaseException:
             del self._answers[number]
+            raise
+        return answer
 
-    def order(self, *parts: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Give an order, without waiting for an answer.
+    def order(self, kind: bytes, number: bytes) -> None:
+        """Send an order that has no reply.
 
         Raises:
-            BoxError: the init does not take it.
+            BoxError: it cannot be sent.
         """
-        packet = b"\0".join(parts)
+        self._send(b"\0".join((kind, number)), ())
+
+    async def _send_by_reference(self, head: bytes, last: bytes, descriptors: Sequence[int]) -> None:
+        file = os.memfd_create("message")
         try:
-            if len(packet) > PACKET_BYTES:
-                with open(os.memfd_create("message"), "wb") as file:
-                    file.write(packet)
-                    file.flush()
-                    socket.send_fds(self._socket, [BY_REFERENCE], [file.fileno()])
-            elif descriptors:
+            await pieces.fill(file, head, last)
+            self._send(BY_REFERENCE, (file, *descriptors))
+        finally:
+            os.close(file)
+
+    def _send(self, packet: bytes, descriptors: Sequence[int]) -> None:
+        try:
+            if descriptors:
                 socket.send_fds(self._socket, [packet], list(descriptors))
             else:
                 self._socket.send(packet)
@@ -145,7 +156,7 @@ class InitChannel:
         self._on_reply()
         kind, number, text = packet.split(b"\0")
         descriptors = [_DESCRIPTOR.unpack_from(payload)[0] for _, _, payload in ancillary]
-        answer, end = self._answers.get(number), self._exits.get(number)
+        answer, end = self._answers.pop(number, None), self._exits.get(number)
         if kind == b"exit" and end is not None:
             del self._exits[number]
             if not end.done():
@@ -157,7 +168,7 @@ class InitChannel:
                 os.close(descriptor)
 
     def _receive(self, size: int, ancillary_size: int) -> tuple[bytes, list[tuple[int, int, bytes]]] | None:
-        """The next packet and what came with it; None if the init is gone."""
+        """The next packet with its ancillary data; None if the connection has ended."""
         try:
             packet, ancillary, _, _ = self._socket.recvmsg(size, ancillary_size, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:

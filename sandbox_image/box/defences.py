@@ -1,4 +1,4 @@
-"""What keeps a slot in: the defences of a box, found by looking at one that runs, each with what to do where it is missing."""
+"""The defences of a box: found by looking at a running one, each with the remedy where it is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GROUPS_REMEDY = (
 )
 _SECCOMP_REMEDY = "run on x86_64 or aarch64, with a kernel that has CONFIG_SECCOMP_FILTER"
 DISK = "disk_limit"
-"""Nothing of a box: whoever keeps the workspaces tells of it."""
+"""The only defence that is not the box's: the storage of the workspaces reports it."""
 REMEDIES = {
     "namespaces": BUBBLEWRAP_REMEDY,
     "no_capabilities": BUBBLEWRAP_REMEDY,
@@ -38,7 +38,7 @@ REMEDIES = {
     "processor_shares": _GROUPS_REMEDY,
     DISK: "let workspaces be in memory, without --workspaces-on-disk; an ordinary user needs user namespaces for it",
 }
-"""Every defence, with what brings it about."""
+"""Every defence, with what to do where it is missing."""
 BASICS = (
     "namespaces",
     "no_capabilities",
@@ -50,7 +50,7 @@ BASICS = (
     "keyrings",
     "process_limits",
 )
-"""Without these there is no isolation: they are always required where it is not given up."""
+"""Without these there is no isolation: always required, unless the server runs with `--isolation none`."""
 
 _NAMESPACES = ("user", "pid", "net", "ipc", "uts", "mnt")
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -67,17 +67,17 @@ _LIMIT_TITLES = {
 
 @dataclass(frozen=True)
 class Defence:
-    """Whether a defence holds, and what was seen or what takes its place."""
+    """Whether a defence holds, and what was found, or what takes the place of a missing one."""
 
     holds: bool
     detail: str
 
 
 def check_required(found: Mapping[str, Defence], required: Sequence[str]) -> None:
-    """Make sure that of what was found, that which is required holds.
+    """Check that those of the `required` defences that were looked at hold.
 
     Raises:
-        MissingDefenceError: names the first that does not, and the remedy.
+        MissingDefenceError: one does not; the text names the first and its remedy.
     """
     for name in required:
         if name in found and not found[name].holds:
@@ -85,10 +85,10 @@ def check_required(found: Mapping[str, Defence], required: Sequence[str]) -> Non
 
 
 def inspect(
-    blueprint: Blueprint, place: SlotDirectory, facts: Mapping[str, str], limits: Mapping[str, int]
+    blueprint: Blueprint, directory: SlotDirectory, facts: Mapping[str, str], limits: Mapping[str, int]
 ) -> dict[str, Defence]:
-    """The defences of a box but `DISK`, by name: from what its init reports (`sandbox_image.init.facts`) and its limits."""
-    found = {**_of_slot(blueprint, place), "process_limits": _process_limits(blueprint.process_limits, limits)}
+    """The defences of a box by name, without `DISK`, from what its init reports (`sandbox_image.init.facts`) and its limits."""
+    found = {**_of_slot(blueprint, directory), "process_limits": _process_limits(blueprint.process_limits, limits)}
     if blueprint.isolation == "none":
         given_up = Defence(False, "isolation was given up with --isolation none")
         return {name: found.get(name, given_up) for name in REMEDIES if name != DISK}
@@ -96,7 +96,7 @@ def inspect(
         "namespaces": _namespaces(facts),
         "no_capabilities": _same(facts, _CAPABILITY_SETS, "0" * 16),
         "no_new_privileges": _same(facts, ("NoNewPrivs",), "1"),
-        "unprivileged_user": _user(place, facts),
+        "unprivileged_user": _user(directory, facts),
         "no_network": _network(facts),
         "read_only_system": _read_only(facts),
         "seccomp": _same(facts, ("Seccomp",), "2"),
@@ -106,7 +106,7 @@ def inspect(
 
 
 def read_limits(pid: int) -> dict[str, int]:
-    """The hard resource limits of a process, by the names of `RLIMIT_*`; -1 is none.
+    """The hard resource limits of a process, by the names of `RLIMIT_*`; -1 is unlimited.
 
     Raises:
         OSError: it is gone.
@@ -116,7 +116,7 @@ def read_limits(pid: int) -> dict[str, int]:
     return {name: -1 if found[title] == "unlimited" else int(found[title]) for name, title in _LIMIT_TITLES.items()}
 
 
-def _of_slot(blueprint: Blueprint, place: SlotDirectory) -> dict[str, Defence]:
+def _of_slot(blueprint: Blueprint, directory: SlotDirectory) -> dict[str, Defence]:
     groups, instead = blueprint.groups, blueprint.process_limits
     replaced = {
         "memory_limit": f"each process has RLIMIT_DATA={instead.get('DATA')} instead",
@@ -135,8 +135,8 @@ def _of_slot(blueprint: Blueprint, place: SlotDirectory) -> dict[str, Defence]:
         for name, controller in _CONTROLLERS.items()
     }
     shared = "all slots run as the server's user, in user namespaces of their own"
-    own = place.uid is not None
-    return {"user_per_slot": Defence(own, f"user {place.uid} and following" if own else shared), **found}
+    own = directory.uid is not None
+    return {"user_per_slot": Defence(own, f"user {directory.uid} and following" if own else shared), **found}
 
 
 def _same(facts: Mapping[str, str], names: Sequence[str], value: str) -> Defence:
@@ -151,9 +151,9 @@ def _namespaces(facts: Mapping[str, str]) -> Defence:
     return Defence(not shared, f"shared with the server: {', '.join(shared)}" if shared else f"own {', '.join(_NAMESPACES)}")
 
 
-def _user(place: SlotDirectory, facts: Mapping[str, str]) -> Defence:
+def _user(directory: SlotDirectory, facts: Mapping[str, str]) -> Defence:
     uids = set(facts["Uid"].split())
-    expected = os.geteuid() if place.uid is None else place.uid
+    expected = os.geteuid() if directory.uid is None else directory.uid
     return Defence(uids == {str(expected)} and expected != 0, f"user {', '.join(sorted(uids))}")
 
 

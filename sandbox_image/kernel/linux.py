@@ -1,11 +1,15 @@
-"""The system calls about mounts and namespaces that Python has no function for."""
+"""System calls that Python has no function for: mounts, namespaces, and a little about processes and pipes."""
 
 from __future__ import annotations
 
+import array
 import ctypes
+import fcntl
 import os
+import termios
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -27,6 +31,8 @@ _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MOUNT_SETATTR = 442
 _MOUNT_ATTR_IDMAP = 0x00100000
 
+_HIGHEST_PRIORITY = -20
+_CPUCLOCK_SCHED = 2
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -53,13 +59,13 @@ _CapabilitySets = _CapabilitySet * 2
 
 @contextmanager
 def rights(*, inherited: bool = False) -> Iterator[None]:
-    """Use, in this thread, the rights that an ordinary user got with `enter_own_mounts`; they are not in effect otherwise.
+    """Put the capabilities that an ordinary user got by `enter_own_mounts` into effect, for this thread.
 
-    `inherited` hands those to every file of the namespace's user, whatever its mode, to the processes that are started.
+    With `inherited`, processes that are started meanwhile get the capabilities that override file permissions.
     """
     permitted = 0 if os.geteuid() == 0 else _capabilities()[0].permitted
     if not permitted:
-        # Root has its rights at all times, and a user without the namespace has none.
+        # Root's are always in effect, and a user outside of such a namespace has none.
         yield
         return
     _use_capabilities(True, sum(1 << number for number in _FILE_CAPABILITIES) if inherited else 0)
@@ -88,7 +94,7 @@ def _use_capabilities(effective: bool, inheritable: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave namespaces for new ones. Raises `OSError`."""
+    """unshare(2): enter new namespaces. Raises `OSError`."""
     _check(_libc.unshare(flags), "unshare")
 
 
@@ -100,19 +106,19 @@ def mount(source: str, target: str, kind: str | None = None, flags: int = 0, opt
 
 
 def unmount(target: str) -> None:
-    """Take a mount away at once; what is still in use of it goes when its last user does. Raises `OSError`."""
+    """umount2(2) with MNT_DETACH: the mount disappears at once and is freed after its last use. Raises `OSError`."""
     with rights():
         _check(_libc.umount2(os.fsencode(target), _MNT_DETACH), f"unmount {target}")
 
 
-def mount_with_other_owners(source: str, target: str, user_namespace: int) -> None:
-    """Mount a directory again at `target`, its owners translated by a user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP).
+def mount_id_mapped(source: str, target: str, user_namespace: int) -> None:
+    """Mount a directory a second time, at `target`, with its owners mapped (mount_setattr(2), MOUNT_ATTR_IDMAP).
 
-    Who owns a file on disk is a user inside of the namespace, who owns it at `target` is the one outside. Needs Linux 5.12 and
-    a file system that can.
+    The owner on disk is taken as a user inside of the namespace; at `target` the file belongs to the user outside that it is
+    mapped to. Needs Linux 5.12 and support by the file system.
 
     Raises:
-        OSError: not here.
+        OSError: the kernel or the file system cannot do this.
     """
     tree = _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC), "open_tree")
     try:
@@ -126,12 +132,12 @@ def mount_with_other_owners(source: str, target: str, user_namespace: int) -> No
 
 
 def user_namespace(users: dict[int, int]) -> int:
-    """A descriptor of a new user namespace with nobody in it, that knows these users (and groups): inside -> outside.
+    """A descriptor of a new user namespace without processes; `users` maps users and groups, inside -> outside.
 
     Must be called before there is a second thread.
 
     Raises:
-        OSError: not here, or not by this user.
+        OSError: user namespaces are not available, or not to this user.
     """
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
@@ -153,15 +159,34 @@ def user_namespace(users: dict[int, int]) -> int:
             os.close(descriptor)
 
 
-def enter_own_mounts() -> None:
-    """Give this process, and those that it starts from now on, a mount namespace of their own.
+def schedule_first(pid: int) -> None:
+    """Give a process the highest priority, if this process may; the children of that process get the usual one."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, pid, _HIGHEST_PRIORITY)
 
-    Mounts of the machine still arrive there, its own do not leave, and they vanish with the last process in it. An ordinary
-    user gets it together with a user namespace in which they are themselves; what they execute there has no more rights than
-    before. Must be called before there is a second thread.
+
+def processor_time(pid: int) -> float:
+    """The processor time that a process has used, in seconds. Raises `OSError` if it is gone."""
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+
+
+def bytes_in_pipe(descriptor: int) -> int:
+    """How many bytes can be read from a pipe now (FIONREAD)."""
+    count = array.array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, count)
+    return count[0]
+
+
+def enter_own_mounts() -> None:
+    """Enter a new mount namespace, with this process and those that it starts from now on.
+
+    Mounts of the host still propagate into it, its own mounts do not propagate out, and they vanish with the last process in
+    it. An ordinary user enters a user namespace as well, in which the user keeps the same id; programs that are executed there
+    have no more rights than before. Must be called before there is a second thread.
 
     Raises:
-        OSError: not allowed here.
+        OSError: it is not allowed.
     """
     if os.geteuid() == 0:
         unshare(CLONE_NEWNS)

@@ -1,8 +1,8 @@
-"""What programs in a box may not ask of the kernel: a seccomp filter, assembled here, so that no library is needed for it.
+"""The seccomp filter of a box: which system calls its programs may make. Assembled here, without a library.
 
-The filter is a list of `struct sock_filter` (linux/filter.h) over `struct seccomp_data` (linux/seccomp.h). Nothing that it
-refuses is needed to edit, build and test software: threads, processes, tracing and sockets work. Calls that a program probes
-for fail with ENOSYS, so that it does without, the others as they fail for lack of a privilege.
+The filter is a list of `struct sock_filter` (linux/filter.h) over `struct seccomp_data` (linux/seccomp.h). It refuses nothing
+that is needed to edit, build and test software: threads, processes, tracing and sockets work. Calls that programs probe for
+fail with ENOSYS, so that the programs do without; the others fail with EPERM.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ CHECKED: dict[str, _Numbers] = {
 }
 """Calls that are refused for some of their arguments only."""
 LAST_KNOWN_CALL = 469
-"""`file_setattr` of Linux 6.17, on both architectures. What later kernels add is absent until somebody has looked at it."""
+"""`file_setattr` of Linux 6.17, on both architectures. Later calls are refused (ENOSYS) until they have been reviewed."""
 
 _NEW_NAMESPACES = 0x7E020000
 _NEW_TIME_NAMESPACE = 0x80

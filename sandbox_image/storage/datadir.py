@@ -1,4 +1,4 @@
-"""The directory in which a slot server keeps its workspaces and layers."""
+"""The data directory of a slot server, with its workspaces and layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OWN = ("slots", "layers", "trash", "stage", "views", "scratch", "trial")
 
 
 class DataDir:
-    """Belongs to one server at a time, which empties it before and after; foreign files in it are left alone."""
+    """Belongs to one server at a time, by a lock. The server empties it before and after, except for files of others."""
 
     def __init__(self, path: Path, lock: int, created: bool) -> None:
         self.path = path
@@ -29,10 +29,10 @@ class DataDir:
 
     @classmethod
     def claim(cls, path: Path) -> DataDir:
-        """Take the directory over, and remove what a killed server has left in it.
+        """Lock the directory, and remove what a killed server has left in it.
 
         Raises:
-            StartupError: another server uses it, it holds somebody else's files of the same names, or it cannot be written.
+            StartupError: another server uses it, it contains foreign files of the same names, or it cannot be written.
         """
         try:
             return cls._claim(path.absolute())
@@ -42,7 +42,7 @@ class DataDir:
     @classmethod
     def _claim(cls, path: Path) -> DataDir:
         created = not path.exists()
-        # Slots' users pass through, but cannot look around.
+        # The users of slots can pass, but not list it.
         path.mkdir(mode=0o711, parents=True, exist_ok=True)
         marker = path / _MARKER
         if not marker.exists():
@@ -65,7 +65,7 @@ class DataDir:
 
     @classmethod
     def remove_abandoned(cls, path: Path) -> bool:
-        """Remove the directory of a server that was killed together with its parent; False if it is not one, or is in use.
+        """Remove the directory of a server that was killed with its parent; False if it is in use, or no data directory.
 
         Raises:
             OSError: something in it belongs to somebody else.
@@ -85,7 +85,7 @@ class DataDir:
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Remove the directory of a server that does not run any more, with all that it made elsewhere.
+        """Remove the directory of a server that does not run any more, and its control groups.
 
         Raises:
             OSError: something in it belongs to somebody else, or is still in use.
@@ -94,9 +94,9 @@ class DataDir:
         remove_tree(path)
 
     def release(self, *, with_parent: bool = False) -> None:
-        """Remove everything that the server has made; the directory itself as well if it is the server's or its dead parent's.
+        """Remove what the server has made: also the directory, if the server made it, or `with_parent` its dead parent did.
 
-        Directories in it go only if they are empty: what somebody else put there is not ours to delete.
+        Foreign directories in it are removed only if they are empty.
         """
         remove_recorded(self.groups)
         for name in (*_OWN, _MARKER):

@@ -1,7 +1,8 @@
-"""Frozen workspaces, from which new ones start."""
+"""Layers: frozen workspaces, from which new ones start."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Iterator
@@ -14,16 +15,17 @@ from sandbox_image.protocol import ErrorKind
 from sandbox_image.storage.trash import Trash
 
 FILES = "files"
-"""The directory of a layer's own files, in the layer's directory."""
+"""The name of the directory with a layer's own files, in the layer directory."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(eq=False)
 class FrozenLayer:
-    """A frozen workspace: its own files, which lie in a directory with a number, upon those of `base`.
+    """A frozen workspace: its own files, in the layer directory `number`, on top of those of `base`.
 
-    `evictable` ones may go when there is no room; `references` counts the slots and layers that stand on it.
+    `references` counts the slots and layers that use it. An `evictable` one without references may be deleted to make room.
+    A deleted one is not `listed`; its files stay as long as it has references.
     """
 
     name: str
@@ -35,13 +37,22 @@ class FrozenLayer:
     references: int = 0
     listed: bool = True
 
+    def is_unused(self) -> bool:
+        """Whether it may be deleted to make room."""
+        return self.evictable and self.listed and self.references == 0
+
     def chain(self) -> list[FrozenLayer]:
-        """This layer and all below it, from the top."""
-        return [self] if self.base is None else [self, *self.base.chain()]
+        """This layer and all below it, the uppermost first."""
+        chain = []
+        layer: FrozenLayer | None = self
+        while layer is not None:
+            chain.append(layer)
+            layer = layer.base
+        return chain
 
 
 class Layers:
-    """The layers of a server, by name, and how much room they may take."""
+    """The layers of a server by name, with reference counts, least recently used eviction and a limit of their size."""
 
     def __init__(self, directory: Path, trash: Trash, max_bytes: int) -> None:
         self._directory = directory
@@ -58,10 +69,10 @@ class Layers:
         return sorted(self._layers)
 
     def use(self, name: str) -> FrozenLayer:
-        """A layer, which stays until `leave` has been called as often as `use`.
+        """Take a reference to a layer, which keeps its files; `leave` gives it back.
 
         Raises:
-            RequestError: there is no such layer, or none any more.
+            RequestError: there is no such layer.
         """
         layer = self._layers.get(name)
         if layer is None:
@@ -71,20 +82,20 @@ class Layers:
         return layer
 
     def leave(self, layer: FrozenLayer | None) -> None:
-        """The opposite of `use`; nothing for None."""
+        """Give a reference back; does nothing for None."""
         if layer is None:
             return
         layer.references -= 1
         if not layer.listed:
-            self._remove_unused(layer)
+            self._delete_unused(layer)
         self.make_room()
 
     @contextmanager
     def claim(self, name: str) -> Iterator[None]:
-        """Keep a name from others while the layer is made that is to have it.
+        """Reserve a name while its layer is being made.
 
         Raises:
-            RequestError: it is not a name, or it is taken.
+            RequestError: it is not a valid name, or it is taken.
         """
         if not _NAME.fullmatch(name) or name in (".", ".."):
             raise RequestError(ErrorKind.BAD_REQUEST, "field 'name' must be 1 to 128 of the characters A-Z a-z 0-9 . _ -")
@@ -97,21 +108,21 @@ class Layers:
             self._claimed.discard(name)
 
     def reserve(self) -> int:
-        """The number of a new directory, that is to become a layer or else to be given to `give_up`."""
+        """Make a layer directory and return its number, for `add` or `give_up`."""
         number = next(self._numbers)
         self.path(number).mkdir(mode=0o700)
         return number
 
     def give_up(self, number: int) -> None:
-        """Delete a directory that does not become a layer."""
+        """Delete a layer directory that does not become a layer."""
         self._trash.take(self.path(number))
 
     def path(self, number: int) -> Path:
-        """The directory with a number."""
+        """The layer directory with a number."""
         return self._directory / str(number)
 
     def add(self, name: str, number: int, base: FrozenLayer | None, size: int, *, evictable: bool) -> FrozenLayer:
-        """A directory has become a layer. Whoever made it uses it."""
+        """Make a layer directory a layer; the caller gets a reference to it."""
         layer = FrozenLayer(name, number, base, size, evictable, next(self._clock), references=1)
         if base is not None:
             base.references += 1
@@ -121,7 +132,7 @@ class Layers:
         return layer
 
     def delete(self, name: str) -> None:
-        """Remove a layer; its files go when nothing stands on them any more.
+        """Delete a layer; its files are deleted with the last reference.
 
         Raises:
             RequestError: there is no such layer.
@@ -132,23 +143,24 @@ class Layers:
         self._unlist(layer)
 
     def make_room(self, size: int = 0) -> bool:
-        """Evict those that have not been used for longest until there is room for `size` more bytes; False if there is not.
-
-        What stands below a slot or another layer stays.
-        """
-        while self.size + size > self._max_bytes:
-            unused = [layer for layer in self._layers.values() if layer.evictable and layer.references == 0]
-            if not unused:
-                return False
-            self._unlist(min(unused, key=lambda layer: layer.last_use))
-        return True
+        """Delete the least recently used of the unused layers until `size` more bytes fit; whether they do."""
+        if self.size + size <= self._max_bytes:
+            return True
+        unused = [(layer.last_use, layer) for layer in self._layers.values() if layer.is_unused()]
+        heapq.heapify(unused)
+        while unused and self.size + size > self._max_bytes:
+            layer = heapq.heappop(unused)[1]
+            self._unlist(layer)
+            if layer.base is not None and layer.base.is_unused():
+                heapq.heappush(unused, (layer.base.last_use, layer.base))
+        return self.size + size <= self._max_bytes
 
     def _unlist(self, layer: FrozenLayer) -> None:
         del self._layers[layer.name]
         layer.listed = False
-        self._remove_unused(layer)
+        self._delete_unused(layer)
 
-    def _remove_unused(self, layer: FrozenLayer | None) -> None:
+    def _delete_unused(self, layer: FrozenLayer | None) -> None:
         while layer is not None and layer.references == 0 and not layer.listed:
             self.size -= layer.size
             self._trash.take(self.path(layer.number))

@@ -1,4 +1,4 @@
-"""What is not needed any more goes later, so that nobody waits for it."""
+"""Deletion in the background."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sandbox_image.storage.trees import move_tree, remove_tree
 
 
 class Trash:
-    """Deletes directories and lets go of file systems, one after the other."""
+    """Deletes directories and frees file systems in the background, one after the other."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -20,13 +20,13 @@ class Trash:
         self._turn = asyncio.Lock()
 
     def take(self, path: Path) -> None:
-        """Move a directory away now; its name is free when this returns."""
+        """Delete a directory; it has been renamed when this returns."""
         doomed = self._directory / secrets.token_hex(8)
         move_tree(path, doomed)
         self._later(lambda: remove_tree(doomed))
 
     def close_files(self, descriptors: Sequence[int]) -> None:
-        """Close what may be the last that holds a file system in memory, which is freed then."""
+        """Close descriptors; that of an unmounted file system in memory may take long, as it frees the memory."""
 
         def close() -> None:
             for descriptor in descriptors:
@@ -35,7 +35,7 @@ class Trash:
         self._later(close)
 
     async def close(self) -> None:
-        """Wait until everything is gone."""
+        """Wait until everything is deleted."""
         await asyncio.gather(*self._tasks)
 
     def _later(self, work: Callable[[], None]) -> None:

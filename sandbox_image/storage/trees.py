@@ -1,4 +1,4 @@
-"""Removing and copying of file trees that a slot has had its hands on."""
+"""Removes, moves and copies directory trees whose content a slot has chosen."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SAID_BYTES = 65536
 
 
 class TreeCopyError(SlotServerError):
-    """A tree could not be copied; the text is what `cp` said."""
+    """A tree could not be copied; the text is the program's error message."""
 
 
 def remove_tree(path: str | Path) -> None:
-    """Delete a file or a directory with all that is in it; nothing there is fine.
+    """Delete a file or a directory with its content; does nothing if there is none.
 
-    Works on what `shutil.rmtree` gives up on: trees of any depth (what is too deep is moved up to the top, so that neither the
-    stack nor the number of descriptors grows) and directories of any mode. Links are removed, never followed.
+    Deletes trees on which `shutil.rmtree` fails: of any depth (a directory that is too deep is moved up to the top, so that
+    neither the stack nor the number of descriptors grows), with directories of any mode. Links are never followed.
 
     Raises:
         OSError: something in it belongs to somebody else, or the file system refuses.
@@ -54,9 +54,9 @@ def remove_tree(path: str | Path) -> None:
 
 
 def move_tree(source: str | Path, target: str | Path) -> None:
-    """Rename a directory to another place on its disk, whatever its mode; its owner can do what he likes in it afterwards.
+    """Rename a directory within its file system, whatever its mode; its owner can read and write it afterwards.
 
-    A directory that changes its place gets another `..`, which takes the right to write in it.
+    A directory that gets another parent must be writable, because its `..` changes.
 
     Raises:
         OSError: it cannot be moved.
@@ -73,7 +73,7 @@ def move_tree(source: str | Path, target: str | Path) -> None:
 
 
 def _unlink(name: str, holder: int) -> bool:
-    """Whether the entry is gone; False for a directory."""
+    """Unlink an entry that is no directory; False if it is one."""
     try:
         os.unlink(name, dir_fd=holder)
     except FileNotFoundError:
@@ -91,14 +91,14 @@ def _rmdir(name: str, holder: int) -> None:
 
 
 def _open_directory(name: str, holder: int) -> int | None:
-    """Open a directory for deleting in it, whatever its mode; None if it is gone."""
+    """Open a directory to delete entries of it, whatever its mode; None if it is gone."""
     try:
         handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=holder)
     except FileNotFoundError:
         return None
     try:
         if stat.S_IMODE(os.fstat(handle).st_mode) & 0o700 != 0o700:
-            # There is no fchmod for a handle, and no chmod that does not follow links.
+            # fchmod refuses O_PATH descriptors, and chmod follows links.
             os.chmod(f"/proc/self/fd/{handle}", 0o700)
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=handle)
     finally:
@@ -115,7 +115,7 @@ def _empty(directory: int, top: int, prefix: str, serial: itertools.count[int], 
         for name in names:
             if _unlink(name, directory):
                 continue
-            # Also before a move: it needs write permission for what is moved, because its `..` changes.
+            # Before a move as well: a directory that gets another parent must be writable.
             inner = _open_directory(name, directory)
             if inner is None:
                 continue
@@ -131,9 +131,9 @@ def _empty(directory: int, top: int, prefix: str, serial: itertools.count[int], 
 
 
 async def copy_tree(source: str, target: str, owner: int | None) -> None:
-    """Copy a directory to a path where nothing is yet: modes, times, links and special files as they are.
+    """Copy a directory to a new path, with modes, times, links and special files.
 
-    Shares blocks where the file system can. `owner` (user and group id) gets everything; None leaves it to the caller.
+    Shares blocks if the file system supports that. The copy is given to `owner` (user and group id), or else is the server's.
 
     Raises:
         TreeCopyError: `cp` failed, for example because the disk is full. What was copied is left at `target`.
@@ -144,9 +144,9 @@ async def copy_tree(source: str, target: str, owner: int | None) -> None:
 
 
 async def copy_files(source: str, target: str, descriptors: Sequence[int]) -> None:
-    """Copy a directory to a path where nothing is yet, with all that an overlay has noted in it: owners, devices, attributes.
+    """Copy the upper directory of an overlay to a new path, with owners, devices and extended attributes.
 
-    Paths may lead through `/proc/self/fd` if their descriptors are given.
+    Paths may lead through `/proc/self/fd` of the given descriptors.
 
     Raises:
         TreeCopyError: as `copy_tree`.
@@ -156,7 +156,7 @@ async def copy_files(source: str, target: str, descriptors: Sequence[int]) -> No
 
 
 async def disk_usage(directory: Path) -> int:
-    """The bytes that a directory takes on disk with all that is in it; what cannot be read is not counted.
+    """The disk space of a directory and its content in bytes, without what cannot be read.
 
     Raises:
         TreeCopyError: `du` failed.
@@ -166,8 +166,8 @@ async def disk_usage(directory: Path) -> int:
 
 
 async def _run(*argv: str, descriptors: Sequence[int] = (), tolerated: Sequence[int] = ()) -> bytes:
-    """Run a program; what it prints."""
-    # Nothing may write into a data directory any more when the server is gone.
+    """Run a program and return what it prints."""
+    # The program dies with the server: nothing may write into the data directory afterwards.
     command = ["setpriv", "--pdeathsig", "KILL", *argv]
     missing = next((program for program in (command[0], argv[0]) if shutil.which(program) is None), None)
     if missing is not None:
@@ -193,7 +193,7 @@ async def _run(*argv: str, descriptors: Sequence[int] = (), tolerated: Sequence[
 
 
 def _start(command: Sequence[str], outputs: Sequence[int], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
-    # Some of the files may be closed even to whom they belong.
+    # An ordinary user may have files without read permission for their owner.
     with linux.rights(inherited=True):
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=outputs[0], stderr=outputs[1], pass_fds=descriptors)
 

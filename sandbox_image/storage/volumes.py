@@ -1,11 +1,12 @@
-"""The file systems of workspaces: memory of a limited size, mounted upon layers.
+"""The file systems of workspaces: copy-on-write overlays of read-only layers, with what is written in memory.
 
-A workspace is an overlay: below it the layers it starts from, which it shares with others and cannot change, above them a tmpfs
-of its own that takes what is written. So it is there at once, whatever the size of the layers, and its size and number of files
-are limited by the kernel. What is to become a layer is written to disk instead: freezing it then moves nothing.
+The lower directories of a workspace's overlay are the layers that it starts from, shared and read-only; its upper directory is
+a tmpfs. A workspace is therefore ready at once, whatever the size of its layers, and the kernel limits its size and its number
+of files. A workspace that is to become a layer has its upper directory on disk instead: freezing it then copies nothing.
 
-As root, every slot has a user of its own, while a layer's files belong to one user who is nobody. Each slot therefore has a
-*view* of the layers, a mount in which they belong to the slot's user. An ordinary user's slots are all of that user.
+A server that is root gives every slot a user of its own, while the files of layers all belong to `LAYER_OWNER`. Each of these
+users therefore has a *view* of the layers: an id-mapped mount in which the files belong to that user. All slots of an ordinary
+user's server run as that user.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from sandbox_image.kernel import linux
 from sandbox_image.storage.layers import FILES
 
 LAYER_OWNER = 59_999
-"""The user and group to whom the files of layers belong on disk when the server is root."""
+"""The user and group of the files of layers on disk, if the server is root."""
 EMPTY = 0
-"""The number of a layer without files, upon which workspaces without a layer stand."""
+"""The number of a layer without files, the base of workspaces without a layer."""
 _WORK = "work"
 _FLAGS = linux.MS_NOSUID | linux.MS_NODEV
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A mounted workspace. `files` are its own, in the directory of the layers called `number` or in memory."""
+    """A mounted workspace; `files` is its upper directory: in the layer directory `number`, or in memory if that is None."""
 
     point: str
     files: str
@@ -39,15 +40,15 @@ class Volume:
     descriptors: tuple[int, ...]
 
     def unmount(self) -> None:
-        """Take it from its place; what is in memory is freed when the descriptors are closed."""
+        """Unmount it; its memory is freed when the descriptors are closed."""
         linux.unmount(self.point)
 
 
 class Volumes:
-    """Mounts workspaces; needs a mount namespace in which that is allowed."""
+    """Mounts workspaces, in a mount namespace in which that is allowed."""
 
     def __init__(self, directory: Path, *, overlay: bool, size: int, inodes: int) -> None:
-        """`directory` has a directory `layers`; beside it places for mounts that nobody else needs are made."""
+        """`directory` contains the directory `layers`; mount points for internal use are made beside that."""
         self._layers = directory / "layers"
         self._views_directory = directory / "views"
         self._scratch = directory / "scratch"
@@ -59,34 +60,34 @@ class Volumes:
         (self._layers / str(EMPTY) / FILES).mkdir()
 
     def view(self, owner: int | None) -> int:
-        """A descriptor of the layers' directory as a user sees it; None is the server's own user.
+        """A descriptor of a user's view of the layers; None is the server's own user.
 
-        Must be called for the first time for an owner before there is a second thread.
+        The first call for a user must come before there is a second thread.
 
         Raises:
-            OSError: owners cannot be translated here.
+            OSError: id-mapped mounts are not supported.
         """
         if owner not in self._views:
             path = self._layers
             if owner is not None and self._overlay:
                 path = self._views_directory / str(owner)
                 path.mkdir()
-                # The overlay makes its own files as root.
+                # The overlay creates its internal files as root.
                 namespace = linux.user_namespace({0: 0, LAYER_OWNER: owner})
                 try:
-                    linux.mount_with_other_owners(str(self._layers), str(path), namespace)
+                    linux.mount_id_mapped(str(self._layers), str(path), namespace)
                 finally:
                     os.close(namespace)
             self._views[owner] = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         return self._views[owner]
 
     def mount(self, point: str, owner: int | None, layers: Sequence[int], number: int | None) -> Volume:
-        """Mount a workspace that starts from layers, the top one first, or without an overlay from nothing.
+        """Mount a workspace at `point`, on top of `layers` (the uppermost first; ignored without overlay).
 
-        What is written to it lies in the reserved directory of the layers called `number`, or else in memory.
+        What is written to it lies in the layer directory `number`, or in memory if that is None.
 
         Raises:
-            OSError: no memory or room for it.
+            OSError: there is no memory or disk space left.
         """
         if number is not None:
             return self._mount(point, owner, layers, number, self.path(owner, number))
@@ -107,8 +108,8 @@ class Volumes:
             shutil.rmtree(path)
 
     def path(self, owner: int | None, number: int) -> str:
-        """A directory of the layers as a user sees it; for this process and those that inherit the view's descriptor."""
-        # What the kernel shows of a mount in the box names no directory of the host then.
+        """A layer directory in a user's view; for this process and those that inherit the view's descriptor."""
+        # Not its real path: the kernel shows the options of a mount to the box.
         return f"/proc/self/fd/{self.view(owner)}/{number}"
 
     def _mount(self, point: str, owner: int | None, layers: Sequence[int], number: int | None, directory: str) -> Volume:
@@ -123,8 +124,8 @@ class Volumes:
                 os.chown(files, owner, owner)
             if self._overlay:
                 os.mkdir(f"{holder}/{_WORK}", 0o700)
-                places = f"lowerdir={':'.join(lower or [f'{self.path(owner, EMPTY)}/{FILES}'])},upperdir={files}"
-                options = f"{places},workdir={holder}/{_WORK},{_behaviour()}"
+                directories = f"lowerdir={':'.join(lower or [f'{self.path(owner, EMPTY)}/{FILES}'])},upperdir={files}"
+                options = f"{directories},workdir={holder}/{_WORK},{_behaviour()}"
                 linux.mount("workspace", point, "overlay", _FLAGS, options)
             else:
                 linux.mount(files, point, flags=linux.MS_BIND)
@@ -137,8 +138,8 @@ class Volumes:
 
 
 def _behaviour() -> str:
-    # Nothing of a workspace outlives the machine, so nothing need be synced. With `xino` a file has the same device number as
-    # the directory that it is in, and keeps its inode number when it is written to.
+    # `volatile` never syncs: no workspace outlives a crash of the host. With `xino` a file has the device number of its
+    # directory, and keeps its inode number when it is copied up.
     common = "volatile,xino=on,index=off,metacopy=off"
-    # What a user may mount cannot rename directories of a layer: rename(2) says EXDEV, as between file systems.
+    # In an ordinary user's overlay, rename(2) of a directory of a layer fails with EXDEV, as between file systems.
     return f"{common},redirect_dir=on" if os.geteuid() == 0 else f"{common},userxattr"

@@ -1,13 +1,11 @@
-"""Files of a workspace for whoever owns the slot: read one, list a directory, pack a directory.
+"""The artifact routes: read a file of a workspace, list a directory, pack a directory.
 
-All of it blocks: run it in a thread.
+All of these functions block: run them in a thread.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import heapq
 import io
 import os
 import stat
@@ -17,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox_image import pieces
 from sandbox_image.errors import OutsideWorkspaceError, RequestError, ToolError
 from sandbox_image.protocol import (
     ArtifactArchive,
@@ -27,13 +26,13 @@ from sandbox_image.protocol import (
     ArtifactReadRequest,
     ErrorKind,
 )
-from sandbox_image.storage.paths import DIRECTORY_FLAGS, WorkspaceFiles
+from sandbox_image.storage.workspace_files import DIRECTORY_FLAGS, WorkspaceFiles
 from sandbox_image.tools.files import read_up_to
 
 MAX_DEPTH = 128
-"""Directories inside of each other that a listing or an archive goes into; each of them is open while it does."""
+"""How deep a listing or an archive goes; each directory on the way is held open."""
 MAX_UNPACKED_BYTES = 1024**3
-"""What an archive may unpack to: a few bytes of it can stand for very many."""
+"""The largest unpacked size of an archive, against decompression bombs."""
 
 
 def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent:
@@ -42,7 +41,7 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
     Raises:
         RequestError: not found, outside of the workspace, not a regular file, too large, not text.
     """
-    with _blame(request.path), files.file(request.path) as (descriptor, found):
+    with _as_request_errors(request.path), files.file(request.path) as (descriptor, found):
         if found.st_size > request.max_bytes:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: {found.st_size} bytes, the limit is {request.max_bytes}")
         content = read_up_to(descriptor, request.max_bytes + 1)
@@ -50,7 +49,7 @@ def read(files: WorkspaceFiles, request: ArtifactReadRequest) -> ArtifactContent
 
 
 def contain(request: ArtifactReadRequest, content: bytes) -> ArtifactContent:
-    """The answer that carries some content.
+    """The answer with this content.
 
     Raises:
         RequestError: too large, not text.
@@ -58,10 +57,10 @@ def contain(request: ArtifactReadRequest, content: bytes) -> ArtifactContent:
     if len(content) > request.max_bytes:
         raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: more than the limit of {request.max_bytes} bytes")
     if request.encoding == "base64":
-        text = base64.b64encode(content).decode("ascii")
+        text = pieces.encode_base64(content)
     else:
         try:
-            text = content.decode("utf-8")
+            text = pieces.decode_text(content)
         except UnicodeDecodeError as error:
             message = f"{request.path}: not UTF-8 text (byte {error.start}); ask for encoding base64"
             raise RequestError(ErrorKind.BAD_REQUEST, message) from error
@@ -77,7 +76,7 @@ def listing(files: WorkspaceFiles, request: ArtifactListRequest) -> ArtifactList
     """
     entries: list[dict[str, Any]] = []
     truncated = False
-    with _blame(request.path), files.directory(request.path) as top:
+    with _as_request_errors(request.path), files.directory(request.path) as top:
         walk = _Walk(top, request.max_entries + 1, MAX_DEPTH if request.recursive else 1)
         for entry in walk.entries():
             if len(entries) == request.max_entries:
@@ -91,7 +90,7 @@ def listing(files: WorkspaceFiles, request: ArtifactListRequest) -> ArtifactList
                     "mode": stat.S_IMODE(entry.status.st_mode),
                 }
             )
-    entries.sort(key=lambda entry: str(entry["path"]))
+    entries = pieces.smallest(entries, len(entries), key=lambda entry: str(entry["path"]))
     return ArtifactListing(entries, truncated or (request.recursive and walk.too_deep))
 
 
@@ -104,7 +103,7 @@ def archive(files: WorkspaceFiles, request: ArtifactArchiveRequest) -> ArtifactA
     packed = _Bounded(request.path, request.max_bytes)
     count = 0
     unpacked = 0
-    with _blame(request.path), files.directory(request.path) as top:
+    with _as_request_errors(request.path), files.directory(request.path) as top:
         walk = _Walk(top, request.max_entries + 1, MAX_DEPTH)
         with tarfile.open(fileobj=packed, mode="w:gz", format=tarfile.PAX_FORMAT, compresslevel=6) as tar:
             for entry in walk.entries():
@@ -120,7 +119,7 @@ def archive(files: WorkspaceFiles, request: ArtifactArchiveRequest) -> ArtifactA
         if walk.too_deep:
             raise RequestError(ErrorKind.TOO_LARGE, f"{request.path}: more than {MAX_DEPTH} directories inside of each other")
     content = packed.getvalue()
-    return ArtifactArchive(base64.b64encode(content).decode("ascii"), len(content), count)
+    return ArtifactArchive(pieces.encode_base64(content), len(content), count)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class _Entry:
 
 
 class _Walk:
-    """Goes through a tree in order of names, by open directories, without following links."""
+    """Visits a tree in the order of names, through open directories, without following links."""
 
     def __init__(self, top: int, limit: int, depth: int) -> None:
         self._top = top
@@ -141,13 +140,13 @@ class _Walk:
         self.too_deep = False
 
     def entries(self) -> Iterator[_Entry]:
-        """Each entry once, directories before what is in them. What vanishes meanwhile is left out."""
+        """Every entry, directories before their content. Entries that vanish meanwhile are left out."""
         yield from self._below(self._top, "", self._depth)
 
     def _below(self, directory: int, prefix: str, depth: int) -> Iterator[_Entry]:
         with os.scandir(directory) as found:
-            # No more names than can be asked for are kept of a directory that somebody filled to exhaust us.
-            names = heapq.nsmallest(self._limit, (entry.name for entry in found))
+            # The memory is limited, however many entries the directory has.
+            names = pieces.smallest((entry.name for entry in found), self._limit)
         for name in names:
             try:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -182,7 +181,7 @@ class _Bounded(io.BytesIO):
 
 
 class _Padded(io.RawIOBase):
-    """A file that always has the size it was announced with, although it may shrink while it is read."""
+    """A file that is padded to its announced size if it shrinks while it is read."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -221,8 +220,8 @@ def _kind(status: os.stat_result) -> str:
 
 
 @contextmanager
-def _blame(path: str) -> Iterator[None]:
-    """Turn what the file system says about a path into the error of the request."""
+def _as_request_errors(path: str) -> Iterator[None]:
+    """Turn the errors of the file system about a path into request errors."""
     try:
         yield
     except OutsideWorkspaceError as error:

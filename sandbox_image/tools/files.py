@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import codecs
 import errno
 import os
@@ -11,9 +10,10 @@ import stat
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from sandbox_image import pieces
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import MAX_FILE_BYTES, ExecutionResult, Range, Wire
-from sandbox_image.storage.paths import WorkspaceFiles
+from sandbox_image.storage.workspace_files import WorkspaceFiles
 
 Encoding = Literal["text", "base64"]
 
@@ -41,7 +41,7 @@ def read_file(files: WorkspaceFiles, arguments: ReadFileArguments) -> ExecutionR
     """Return a file's content. Blocks: run it in a thread.
 
     Raises:
-        ToolError: there is no such file, or it is not what the encoding can carry.
+        ToolError: there is no such file, or it is not text in the encoding `text`.
     """
     path = arguments.path
     try:
@@ -51,10 +51,10 @@ def read_file(files: WorkspaceFiles, arguments: ReadFileArguments) -> ExecutionR
         raise ToolError(f"{path}: {error.strerror}") from error
     truncated = found.st_size > len(content)
     if arguments.encoding == "base64":
-        output = base64.b64encode(content).decode("ascii")
+        output = pieces.encode_base64(content)
     else:
         try:
-            # A character that the cut has split is left out, not an error.
+            # A character that was cut in the middle is left out.
             output = codecs.getincrementaldecoder("utf-8")().decode(content, final=not truncated)
         except UnicodeDecodeError as error:
             raise ToolError(f"{path}: not UTF-8 text (byte {error.start}); ask for encoding base64") from error
@@ -64,7 +64,7 @@ def read_file(files: WorkspaceFiles, arguments: ReadFileArguments) -> ExecutionR
 
 
 def write_file(files: WorkspaceFiles, arguments: WriteFileArguments) -> ExecutionResult:
-    """Put a file in place, with the directories above it, in one step: nobody sees half of it. Blocks: run it in a thread.
+    """Create or replace a file atomically, and create its parent directories. Blocks: run it in a thread.
 
     Raises:
         ToolError: it cannot be written; the file that was there is untouched.
@@ -92,8 +92,8 @@ def read_up_to(descriptor: int, limit: int) -> bytes:
 def _decode(arguments: WriteFileArguments) -> bytes:
     try:
         if arguments.encoding == "base64":
-            return base64.b64decode(arguments.content, validate=True)
-        return arguments.content.encode("utf-8", "surrogateescape")
+            return pieces.decode_base64(arguments.content)
+        return pieces.encode_text(arguments.content)
     except UnicodeEncodeError as error:
         raise ToolError(f"content: contains a lone surrogate at character {error.start}, which is not text") from error
     except ValueError as error:

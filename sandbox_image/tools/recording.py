@@ -12,7 +12,7 @@ _RESET = "\x1bc"
 
 
 class Recording:
-    """What a terminal has shown since it was started; goes on when it is started again."""
+    """The output of a terminal since its first start; a restart is part of it."""
 
     def __init__(self) -> None:
         self._begin = 0.0
@@ -21,10 +21,10 @@ class Recording:
         self._read = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.full = False
-        """Whether something was left out, because there was no room."""
+        """Whether output was left out because the limit was reached."""
 
     def start(self, width: int, height: int, terminal: str) -> None:
-        """A terminal is there, empty."""
+        """Record the start of a terminal."""
         if not self._lines:
             self._begin = time.monotonic()
             header = {"version": 2, "width": width, "height": height, "timestamp": int(time.time()), "env": {"TERM": terminal}}
@@ -35,30 +35,30 @@ class Recording:
         self.resize(width, height)
 
     def output(self, chunk: bytes) -> None:
-        """The terminal was given this to show."""
+        """Record output."""
         text = self._decoder.decode(chunk)
         for start in range(0, len(text), _EVENT_CHARACTERS):
             self._event("o", text[start : start + _EVENT_CHARACTERS])
 
     def resize(self, width: int, height: int) -> None:
-        """The terminal has another size."""
+        """Record a change of the size."""
         self._event("r", f"{width}x{height}")
 
     def content(self) -> bytes:
-        """All of it; a file that players take."""
+        """The whole recording, as an asciicast file."""
         return b"".join(self._lines)
 
     def next_lines(self, max_bytes: int, *, from_start: bool) -> tuple[list[bytes], bool]:
-        """What has come since this was last asked, one line at least if there is one, and whether there is more."""
+        """The lines since the last call, at least one if there is one, and whether there are more."""
         if from_start:
             self._read = 0
-        taken: list[bytes] = []
-        for line in self._lines[self._read :]:
-            if taken and sum(map(len, taken)) + len(line) > max_bytes:
+        start, size = self._read, 0
+        while self._read < len(self._lines):
+            size += len(self._lines[self._read])
+            if size > max_bytes and self._read > start:
                 break
-            taken.append(line)
-        self._read += len(taken)
-        return taken, self._read < len(self._lines)
+            self._read += 1
+        return self._lines[start : self._read], self._read < len(self._lines)
 
     def _event(self, kind: str, data: str) -> None:
         if not self.full:

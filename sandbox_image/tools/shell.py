@@ -1,4 +1,4 @@
-"""The `bash` tool: one command in a fresh POSIX shell, of which nothing survives the call."""
+"""The `bash` tool: one command in a fresh POSIX shell; no process of it survives the call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
+from sandbox_image import pieces
 from sandbox_image.box.box import Box
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import MAX_OUTPUT_BYTES, WORKSPACE, ExecutionResult, Range, Wire
@@ -27,7 +28,7 @@ class BashArguments(Wire):
 
 
 class OutputBuffer:
-    """Keeps the beginning and the end of a stream within a number of bytes, whatever its length."""
+    """Keeps the beginning and the end of a stream, within a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._head_limit = limit // 2
@@ -37,30 +38,30 @@ class OutputBuffer:
         self.total = 0
 
     def write(self, chunk: bytes | bytearray) -> None:
-        """Take what came next."""
+        """Append to the stream."""
         self.total += len(chunk)
         room = self._head_limit - len(self._head)
         if room > 0:
             self._head += chunk[:room]
             chunk = chunk[room:]
         self._tail += chunk
-        # Cutting at every chunk would move the whole tail each time.
+        # Rarely, because each cut moves the whole tail.
         if len(self._tail) > 2 * self._tail_limit:
             del self._tail[: -self._tail_limit]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Begin a new stream."""
         self._head.clear()
         self._tail.clear()
         self.total = 0
 
     @property
     def truncated(self) -> bool:
-        """Whether something was dropped."""
+        """Whether bytes were dropped."""
         return self.total > self._head_limit + self._tail_limit
 
     def text(self) -> str:
-        """What was kept, as text; bytes that are not UTF-8 become U+FFFD, and a line says how much is missing."""
+        """What was kept, as text: bytes that are not UTF-8 become U+FFFD, and a line tells how many bytes were dropped."""
         if not self.truncated:
             return (self._head + self._tail).decode("utf-8", "replace")
         head = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(self._head))
@@ -71,13 +72,13 @@ class OutputBuffer:
 
 
 async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxed: bool) -> ExecutionResult:
-    """Run the command; a failing one is a result like any other.
+    """Run a command; a failing command is an unsuccessful result.
 
     Raises:
         ToolError: the command cannot be passed to a shell, or its directory or environment cannot be used.
         BoxError: the box died.
     """
-    command = encoded("command", arguments.command)
+    command = await encoded_command(arguments.command)
     cwd, variables = relative_to_workspace(arguments.cwd), variables_of(arguments.env)
     buffer = OutputBuffer(arguments.max_output_bytes)
     start = time.monotonic()
@@ -103,16 +104,21 @@ async def bash(box: Box, arguments: BashArguments, timeout_s: float, *, sandboxe
     )
 
 
+async def encoded_command(text: str) -> bytes:
+    """As `encoded`, of a text that may be long."""
+    return await pieces.offload(len(text), lambda: encoded("command", text))
+
+
 def encoded(what: str, text: str) -> bytes:
-    """A text as the bytes that a program gets.
+    """A text as the bytes of a program's argument.
 
     Raises:
-        ToolError: it holds what no argument can.
+        ToolError: it contains characters that no argument can.
     """
     if "\0" in text:
         raise ToolError(f"{what}: contains a NUL character")
     try:
-        return text.encode("utf-8", "surrogateescape")
+        return pieces.encode_text(text)
     except UnicodeEncodeError as error:
         raise ToolError(f"{what}: contains a lone surrogate at character {error.start}, which is not text") from error
 
@@ -121,16 +127,20 @@ def variables_of(env: Mapping[str, str] | None) -> list[bytes]:
     """Environment variables as `NAME=value`.
 
     Raises:
-        ToolError: a name or value that cannot be one, or too much of them.
+        ToolError: an invalid name or value, or too many bytes.
     """
-    variables = [_variable(name, value) for name, value in (env or {}).items()]
-    if sum(map(len, variables)) > MAX_ENVIRONMENT_BYTES:
-        raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
+    variables = []
+    size = 0
+    for name, value in (env or {}).items():
+        variables.append(_variable(name, value))
+        size += len(variables[-1])
+        if size > MAX_ENVIRONMENT_BYTES:
+            raise ToolError(f"env: more than {MAX_ENVIRONMENT_BYTES} bytes")
     return variables
 
 
 def relative_to_workspace(path: str | None) -> bytes:
-    """A directory as the box takes it; None is the workspace.
+    """A directory relative to the workspace, as the box takes it; None is the workspace.
 
     Raises:
         ToolError: it is outside of the workspace.

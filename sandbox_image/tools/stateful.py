@@ -1,12 +1,12 @@
 """The `bash_stateful` tool: commands in one shell that keeps its state from call to call.
 
-The shell is an interactive one without a terminal that reads lines from a pipe. For each call it gets two: one that runs the
-command, which lies in a file, with the output going to a pipe, and one that reports the exit status through another pipe.
-Nothing is looked for in the output. Because the shell is interactive, neither an error nor SIGINT ends it.
+The shell is interactive, so that neither an error nor SIGINT ends it, but has no terminal: it reads lines from a pipe. For each
+call it gets two lines. The first runs the command, which is in a file, with its output to a pipe; the second reports the exit
+status through another pipe. The output is never searched for markers.
 
-Its parent holds the file and the pipes, and the shell opens them anew for each call under `/proc/$PPID/fd`: whatever a command
-does to its own descriptors, the next one has good ones. The pipe of a call is not used again before everybody who got it has
-ended; what background jobs print after their call is told apart from the output of later calls by that.
+The shell's parent holds the file and the pipes, and the shell opens them for each call under `/proc/$PPID/fd`: whatever a
+command does to its own descriptors, the next one gets new ones. An output pipe is not used for another call before all
+processes that hold it have ended: so the output of background jobs is not mixed with that of later calls.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sandbox_image.box.box import Box, KeptCommand
+from sandbox_image import pieces
+from sandbox_image.box.box import Box
+from sandbox_image.box.commands import KeptCommand
 from sandbox_image.errors import ToolError
 from sandbox_image.protocol import ExecutionResult
-from sandbox_image.tools.pipes import NamedPipe
-from sandbox_image.tools.shell import BashArguments, OutputBuffer, encoded, relative_to_workspace, variables_of
+from sandbox_image.tools.named_pipe import NamedPipe
+from sandbox_image.tools.shell import BashArguments, OutputBuffer, encoded_command, relative_to_workspace, variables_of
 
 INTERRUPT_GRACE_S = 1.0
-"""How long each attempt to interrupt a command may take."""
+"""How long to wait for the effect of each attempt to interrupt a command."""
 MAX_BACKGROUND_BYTES = 20_000
-"""What is kept of the output of background jobs between two calls."""
-# As many as fit below 10: the descriptors that every shell can close.
+"""The limit for the output of background jobs between two calls."""
+# As many as fit below 10: every shell can close these descriptors.
 _OUTPUTS = 5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _COMMAND_FD, _STATUS_FD, _FIRST_OUTPUT_FD = 3, 4, 5
@@ -42,7 +44,7 @@ trap : INT
 )
 exit $?
 """
-# `\command` is neither an alias nor a function of the user's. A shell without descriptors left ends before the command runs.
+# `\command` is neither an alias nor a function. A shell that has no descriptors left ends before the command runs.
 _RUN = """\
 \\command printf '%s began %s\\n' {token} "$$" </dev/null >"/proc/$PPID/fd/{status}" 2>"/proc/$PPID/fd/{output}" \
 || \\command exit 1; \
@@ -51,7 +53,7 @@ _RUN = """\
 _REPORT = """\
 \\command printf '%s ended %s\\n' {token} "$?" >"/proc/$PPID/fd/{status}" || {otherwise}
 """
-# All that descends from the shell and has started since the call began, wherever it has gone.
+# Signals the descendants of the shell that were started since the call began, whatever their session or process group.
 _SIGNAL_CALL = """\
 shell=$1 signal=$2 since=$3 below=" $1 " again=1
 while [ "$again" ]; do
@@ -70,12 +72,12 @@ done 2>/dev/null
 
 @dataclass(frozen=True)
 class BashStatefulArguments(BashArguments):
-    """What `bash_stateful` takes. `cwd` and `env` are what a shell starts with; later calls go on where the last one ended."""
+    """What `bash_stateful` takes. `cwd` and `env` are for a shell that is started; otherwise the shell keeps its own."""
 
 
 @dataclass(frozen=True)
 class _CallEnd:
-    """`exit_code` is None where time ran out; `began` tells a command that never ran; the shell may have ended with it."""
+    """How a call ended; `exit_code` is None if its time ran out, `began` is false if the command never ran."""
 
     exit_code: int | None
     began: bool = True
@@ -83,7 +85,7 @@ class _CallEnd:
 
 
 class StatefulShell:
-    """The shell of a slot, which starts with its first call and is replaced when it has ended."""
+    """The shell of a slot: starts with the first call, and is replaced when it has ended."""
 
     def __init__(self, box: Box, uid: int | None, *, sandboxed: bool) -> None:
         self._box = box
@@ -93,13 +95,13 @@ class StatefulShell:
         self._has_started = False
 
     async def execute(self, arguments: BashStatefulArguments, timeout_s: float) -> ExecutionResult:
-        """Run a command; a failing one is a result like any other. One at a time.
+        """Run a command; a failing command is an unsuccessful result. One call at a time.
 
         Raises:
             ToolError: the command cannot be passed to a shell, or none can be started.
             BoxError: the box died.
         """
-        command = encoded("command", arguments.command)
+        command = await encoded_command(arguments.command)
         output = OutputBuffer(arguments.max_output_bytes)
         start = time.monotonic()
         restarted = False
@@ -112,13 +114,13 @@ class StatefulShell:
             try:
                 end = await session.run(command, output, timeout_s)
             except BaseException:
-                # Whatever interrupts the wait, a command that nobody waits for must not run on.
+                # Cancelled, for example: a command that nobody waits for must not go on.
                 self.close()
                 raise
             background = session.take_background()
             if session.over:
                 self.close()
-            # A shell can end between two calls, by its own TMOUT or somebody's signal; the command has not run then.
+            # A shell can end between two calls, by TMOUT or a signal: the command has not run then, and is run in a new one.
             if end.began or restarted:
                 break
         metadata = {
@@ -135,7 +137,7 @@ class StatefulShell:
         return _result(end, timeout_s, output, metadata | ({"background_output": background} if background else {}))
 
     def close(self) -> None:
-        """Let go of the shell; what is in the box is killed."""
+        """Kill the shell and its descendants."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -154,18 +156,18 @@ def _result(end: _CallEnd, timeout_s: float, output: OutputBuffer, metadata: dic
 
 
 class _Session:
-    """One life of a shell."""
+    """One shell, from its start to its end."""
 
     def __init__(self, box: Box, uid: int | None) -> None:
         self._box = box
         self._input, self._lines = os.pipe()
         os.set_blocking(self._lines, False)
         self._command = os.memfd_create("command")
-        # Only ours to write: the slot's user may open it by name.
+        # The slot's user can open it by name, but not for writing.
         os.fchmod(self._command, 0o444)
         self._status = NamedPipe(uid)
         self._outputs = [NamedPipe(uid) for _ in range(_OUTPUTS)]
-        self._kept: KeptCommand | None = None
+        self._shell: KeptCommand | None = None
         self._background = OutputBuffer(MAX_BACKGROUND_BYTES)
         self._token = ""
         self._heard = b""
@@ -189,32 +191,32 @@ class _Session:
         given = [session._input, null, null, session._command]
         given += [pipe.read_end for pipe in (session._status, *session._outputs)]
         try:
-            session._kept = await box.keep(_START.encode(), given, cwd=cwd, variables=variables)
+            session._shell = await box.keep(_START.encode(), given, cwd=cwd, variables=variables)
         except BaseException:
             session.close()
             raise
         finally:
             os.close(null)
         session._status.open(session._on_status)
-        # An error would make some shells drop the lines that they have read ahead.
+        # Tested, because some shells drop the lines that they have read ahead when a command fails.
         session._say('[ -z "$BASH_VERSION" ] || set +o history\n')
         return session
 
     @property
     def over(self) -> bool:
         """Whether it has ended."""
-        return self._kept is None or self._kept.ended.done()
+        return self._shell is None or self._shell.ended.done()
 
     async def run(self, command: bytes, output: OutputBuffer, timeout_s: float) -> _CallEnd:
-        """Run a command; when this returns all that its foreground printed is in `output`.
+        """Run a command; when this returns, the output of its foreground processes is in `output`.
 
         Raises:
             BoxError: the box died.
         """
         os.ftruncate(self._command, 0)
-        os.pwrite(self._command, command, 0)
+        await pieces.fill(self._command, command)
         number = next((number for number, pipe in enumerate(self._outputs) if not pipe.in_use), 0)
-        # If as many calls as there are pipes have left jobs behind that hold theirs, some of those share a pipe with this call.
+        # If background jobs hold all pipes, this call shares one with such jobs.
         pipe = self._outputs[number]
         pipe.open(output.write)
         self._token, self._shell_pid = secrets.token_hex(8), None
@@ -229,18 +231,18 @@ class _Session:
         return end
 
     def take_background(self) -> str:
-        """What background jobs have printed after their calls, since this was last asked."""
+        """The output of background jobs since the last time."""
         if self._background.total == 0:
             return ""
         text = self._background.text()
-        # The pipes keep writing to the same object.
+        # Not replaced: it is the sink of pipes.
         self._background.clear()
         return text
 
     def close(self) -> None:
-        """Kill it and let go of everything."""
-        if self._kept is not None and not self._kept.ended.done():
-            self._kept.kill()
+        """Kill it, and close all descriptors."""
+        if self._shell is not None and not self._shell.ended.done():
+            self._shell.kill()
         for pipe in (self._status, *self._outputs):
             pipe.close()
         for descriptor in (self._command, self._input, self._lines):
@@ -250,13 +252,13 @@ class _Session:
         if not await self._settled(timeout_s):
             for attempt in (self._interrupt, self._interrupt_all, self._kill_all):
                 await attempt()
-                # Not every shell keeps the lines that it had read ahead when it is interrupted.
+                # Some shells drop the lines that they have read ahead when they are interrupted.
                 self._say(_REPORT.format(token=self._token, status=_STATUS_FD, otherwise=":"))
                 if await self._settled(INTERRUPT_GRACE_S):
                     break
             else:
-                self._require_kept().kill()
-                await self._require_kept().ended
+                self._require_shell().kill()
+                await self._require_shell().ended
             self._status.drain()
             self._last_exit_code = self._ended.result() if self._ended.done() else 0
             return _CallEnd(None, shell_ended=not self._ended.done())
@@ -264,18 +266,18 @@ class _Session:
         if self._ended.done():
             self._last_exit_code = self._ended.result()
             return _CallEnd(self._last_exit_code)
-        return _CallEnd(self._require_kept().ended.result(), began=self._shell_pid is not None, shell_ended=True)
+        return _CallEnd(self._require_shell().ended.result(), began=self._shell_pid is not None, shell_ended=True)
 
     async def _settled(self, timeout_s: float) -> bool:
-        """Whether the call or the shell ends within some seconds."""
-        kept = self._require_kept()
-        done, _ = await asyncio.wait((self._ended, kept.ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if kept.ended in done and self._ended not in done:
-            kept.ended.result()
+        """Wait for the end of the call or of the shell; whether one of them came in time."""
+        shell = self._require_shell()
+        done, _ = await asyncio.wait((self._ended, shell.ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if shell.ended in done and self._ended not in done:
+            shell.ended.result()
         return bool(done)
 
     async def _interrupt(self) -> None:
-        self._require_kept().interrupt()
+        self._require_shell().interrupt()
 
     async def _interrupt_all(self) -> None:
         await self._signal_all("INT")
@@ -284,7 +286,7 @@ class _Session:
         await self._signal_all("KILL")
 
     async def _signal_all(self, signal: str) -> None:
-        """Signal everything that the call has started, and then the shell; one in another process group was out of reach."""
+        """Signal all processes that the call has started, whatever their process group, and then interrupt the shell."""
         if self._shell_pid is None:
             return
         null = os.open("/dev/null", os.O_RDWR)
@@ -296,27 +298,30 @@ class _Session:
         await asyncio.wait([helper.ended], timeout=INTERRUPT_GRACE_S)
         if not helper.ended.done():
             helper.kill()
-        self._require_kept().interrupt()
+        self._require_shell().interrupt()
 
-    def _require_kept(self) -> KeptCommand:
-        if self._kept is None:
+    def _require_shell(self) -> KeptCommand:
+        if self._shell is None:
             raise ToolError("the shell is closed")
-        return self._kept
+        return self._shell
 
     def _say(self, lines: str) -> None:
         try:
             os.write(self._lines, lines.encode())
         except BlockingIOError:
-            # It does not read any more, which a timeout will show.
+            # The shell has stopped reading: the call will time out.
             return
 
     def _on_status(self, chunk: bytes) -> None:
         *lines, self._heard = (self._heard + chunk).split(b"\n")
-        # Only the shell's own reports are short lines; nothing else needs to be remembered.
+        # Reports are short lines; longer beginnings of lines need not be kept.
         self._heard = self._heard[-100:]
+        prefix = f"{self._token} ".encode()
         for line in lines:
-            match line.split():
-                case [token, b"began", pid] if token == self._token.encode() and pid.isdigit():
+            if not line.startswith(prefix):
+                continue
+            match line.removeprefix(prefix).split():
+                case [b"began", pid] if pid.isdigit():
                     self._shell_pid = int(pid)
-                case [token, b"ended", code] if token == self._token.encode() and code.isdigit() and not self._ended.done():
+                case [b"ended", code] if code.isdigit() and not self._ended.done():
                     self._ended.set_result(int(code))

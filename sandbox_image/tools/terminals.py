@@ -1,4 +1,4 @@
-"""What keeps running in a box from call to call."""
+"""The tools that keep state in a box between calls."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Terminals:
         return await self._shell.execute(arguments, timeout_s)
 
     def recording(self) -> bytes:
-        """What the terminal has shown, as an asciicast file; empty if there was none."""
+        """The recording of the terminal, as an asciicast file; empty if there was no terminal."""
         return self._tmux.recording.content()
 
     def close(self) -> None:
-        """Let go of everything in the box."""
+        """Kill both."""
         self._shell.close()
         self._tmux.close()

@@ -1,8 +1,8 @@
 """The `tmux` tool: a terminal in a box, for programs that need one.
 
-A tmux server runs in the box with one session of one window of one pane. A control-mode client stays connected to it: what the
-pane is given to show is recorded as it comes, and an action costs no process. Beside them a small loop in the box answers what
-the pane's shell is doing at the moment. All three, and what runs in the terminal, are one kept command.
+A tmux server runs in the box, with one session of one window of one pane. A control-mode client stays connected to it: the
+output of the pane is recorded as it comes, and an action starts no process. Beside them, a small loop in the box tells what the
+shell of the pane does at the moment. These three and the programs in the terminal are one kept command.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class TmuxArguments(Wire):
         return [self.keys] if isinstance(self.keys, str) else self.keys or []
 
     def check(self) -> None:
-        """Refuse what no caller should send.
+        """Check the types that the annotations do not.
 
         Raises:
             ProtocolError: a key is not a string.
         """
-        if not all(isinstance(text, str) for text in self.texts):
+        if not set(map(type, self.texts)) <= {str}:
             raise ProtocolError("field 'keys' must be a string or a list of strings")
 
 
 class Tmux:
-    """The terminal of a slot, and the recording of all that it has shown."""
+    """The terminal of a slot, and the recording of its output."""
 
     def __init__(self, box: Box, *, sandboxed: bool) -> None:
         self.recording = Recording()
@@ -90,13 +90,13 @@ class Tmux:
         return ExecutionResult(success=True, output=output, metadata=metadata)
 
     def close(self) -> None:
-        """Let go of the terminal; what is in the box is killed."""
+        """Kill the terminal and the programs in it."""
         pane, self._pane = self._pane, None
         if pane is not None:
             pane.close()
 
     async def _act(self, arguments: TmuxArguments, deadline: float) -> tuple[str, bool, dict[str, Any]]:
-        # What a model can get wrong is for it to read.
+        # Mistakes that a model can make are unsuccessful results for it to read, not request errors.
         if arguments.action == "send_keys" and not arguments.texts:
             raise ToolError("`send_keys` needs `keys`")
         if arguments.action == "resize" and arguments.pane_width is None and arguments.pane_height is None:
@@ -117,7 +117,7 @@ class Tmux:
     async def _use(self, pane: Pane, arguments: TmuxArguments, deadline: float) -> tuple[str, bool, dict[str, Any]]:
         waited: dict[str, Any] = {}
         if arguments.action == "send_keys":
-            # Some room for what is to be done after the wait.
+            # Leaves time for the capture after the wait.
             calm = await pane.send_keys(
                 arguments.texts,
                 literal=arguments.literal,

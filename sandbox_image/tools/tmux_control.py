@@ -1,8 +1,8 @@
-"""A client of tmux's control mode (tmux(1), "CONTROL MODE"): commands, their answers, and all that the pane gets to show.
+"""A client of tmux's control mode (tmux(1), "CONTROL MODE"): commands, their answers, and the output of the pane.
 
-Each command is answered by a block of lines between `%begin` and `%end` or `%error`; `%output` and other notifications come
-between blocks. What a program shows can look like any of these lines. Of an answer with such text it is therefore asked first
-how many lines it has, and only what comes behind them can end it.
+tmux answers each command with a block of lines between `%begin` and `%end` or `%error`; `%output` and other notifications come
+between blocks. The text on the screen can look like any of these lines. The number of lines of such an answer is therefore
+asked for first, and only a line after so many can end the block.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from sandbox_image.errors import ToolError
 
 _READ_BYTES = 65536
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE = 1 << 18
 _LONGEST_ANSWER = 16 << 20
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 _LAYOUT = re.compile(rb"%layout-change @\d+ [0-9a-f]+,(\d+)x(\d+),")
 
 
 class LineReader:
-    """Reads lines from a pipe until it ends; a line that is too long ends it as well."""
+    """Reads lines from a pipe, until the pipe ends or a line is too long."""
 
     def __init__(self, descriptor: int, on_line: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
         self._descriptor = descriptor
@@ -66,20 +66,20 @@ class _Question:
     received: list[list[bytes]] = field(default_factory=list)
 
     def wanted_lines(self) -> int | None:
-        """How many lines the block that has begun must have; None if its end cannot be mistaken."""
+        """How many lines the current block has; None if its lines cannot look like its end."""
         first = self.received[0][:1] if self.received else []
         words = first[0].split() if first else []
         return int(words[0]) if words and words[0].isdigit() else None
 
 
 class ControlClient:
-    """Asks one tmux, and hears from it."""
+    """Sends commands to a tmux server and receives its answers and notifications."""
 
     def __init__(
         self, commands: int, events: int, on_output: Callable[[bytes], None], on_resize: Callable[[int, int], None]
     ) -> None:
         self.ready = asyncio.Event()
-        """Set when there is a session to ask about, or there will be none."""
+        """Set when the session has started, or when it is known that it will not."""
         self.ended = asyncio.Event()
         self._commands = commands
         self._on_output = on_output
@@ -96,7 +96,7 @@ class ControlClient:
     async def ask(self, command: str, blocks: int = 1) -> list[list[bytes]]:
         """Run a command line and return the lines of its answers.
 
-        One of two commands must print first how many lines the second one is going to print.
+        Of two commands, the first must print the number of lines of the second one's answer.
 
         Raises:
             ToolError: tmux refuses it, or has ended.
@@ -112,10 +112,10 @@ class ControlClient:
         return await question.answer
 
     async def ask_numbers(self, command: str, count: int, blocks: int = 1) -> tuple[list[int], list[bytes]]:
-        """As `ask`, of a command that prints numbers first; they, and the lines of the last answer.
+        """As `ask`, for a command whose first answer is `count` numbers: these, and the lines of the last answer.
 
         Raises:
-            ToolError: as `ask`, or it prints something else.
+            ToolError: as `ask`, or the answer is something else.
         """
         answer = await self.ask(command, blocks)
         words = answer[0][0].split() if answer[0] else []
@@ -124,7 +124,7 @@ class ControlClient:
         return [int(word) for word in words], answer[-1]
 
     def close(self) -> None:
-        """End it."""
+        """End the connection."""
         self._end()
         if self._commands >= 0:
             os.close(self._commands)
@@ -159,7 +159,7 @@ class ControlClient:
             self._on_output(_ESCAPED.sub(lambda found: bytes([int(found[1], 8) & 0xFF]), rest.partition(b" ")[2]))
         elif kind == b"%begin":
             self._block, self._block_bytes, self._guard = [], 0, rest
-            # The last number tells the answers to our commands from those to the client's own.
+            # The last number is 1 in answers to our commands, 0 in those to the client's own ones.
             self._ours = rest.endswith(b" 1")
         elif kind == b"%session-changed":
             self.ready.set()
@@ -169,17 +169,16 @@ class ControlClient:
             self._on_resize(int(layout[1]), int(layout[2]))
 
     def _on_block(self, block: list[bytes], *, refused: bool) -> None:
-        text = b" ".join(block).decode(errors="replace")
+        complaint = f"tmux: {b' '.join(block).decode(errors='replace')}" if refused else ""
         if not self._ours:
-            if refused:
-                self._complaint = f"tmux: {text}"
+            self._complaint = complaint or self._complaint
             return
         if not self._questions:
             return
         question = self._questions[0]
         question.received.append(block)
         if refused:
-            self._fail(self._questions.popleft(), f"tmux: {text}")
+            self._fail(self._questions.popleft(), complaint)
         elif len(question.received) == question.blocks:
             self._questions.popleft()
             if not question.answer.done():
@@ -188,5 +187,5 @@ class ControlClient:
     def _fail(self, question: _Question, reason: str) -> None:
         if not question.answer.done():
             question.answer.set_exception(ToolError(reason))
-            # Whoever asked may have gone.
+            # Retrieved, so that nothing is logged if no task waits for it.
             question.answer.exception()

@@ -1,4 +1,4 @@
-"""A terminal in a box: tmux, what watches its shell, and what it shows."""
+"""A terminal in a box: tmux, and a loop that watches the shell in it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from sandbox_image.box.box import Box, KeptCommand
+from sandbox_image.box.box import Box
+from sandbox_image.box.commands import KeptCommand
 from sandbox_image.errors import ToolError
 from sandbox_image.tools.recording import Recording
 from sandbox_image.tools.tmux_control import ControlClient, LineReader
 
 MAX_KEYS_BYTES = 1_000_000
 HISTORY_LINES = 2000
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 _KEYS_AT_ONCE = 2000
 _POLL_S = 0.02
 _POLLS_AT_REST = 3
 _WAKE_S = 0.3
-"""How long a shell may take to notice that it was given something."""
+"""After so long, a shell that has not woken up for its input is taken to wait for more of it."""
 _NO_TMUX = 69
-# Names of keys as tmux has them (tmux(1), "KEY BINDINGS"); all other texts are typed as they are.
+# The names of keys that tmux knows (tmux(1), "KEY BINDINGS"); other texts are typed literally.
 _NAMED_KEYS = (
     "F1 F2 F3 F4 F5 F6 F7 F8 F9 F10 F11 F12 IC Insert DC Delete Home End NPage PageDown PgDn PPage PageUp PgUp Tab BTab Space "
     "BSpace Enter Escape Up Down Left Right KP/ KP* KP- KP7 KP8 KP9 KP+ KP4 KP5 KP6 KP1 KP2 KP3 KPEnter KP0 KP."
@@ -43,8 +44,8 @@ _START = """\
 command -v tmux >/dev/null || exit {no_tmux}
 folder=$(mktemp -d) || exit 1
 TERM=screen
-for place in /usr/share/terminfo /usr/lib/terminfo /lib/terminfo; do
-    [ -e "$place/t/tmux-256color" ] && TERM=tmux-256color
+for directory in /usr/share/terminfo /usr/lib/terminfo /lib/terminfo; do
+    [ -e "$directory/t/tmux-256color" ] && TERM=tmux-256color
 done
 (exec 3<&- 4>&-; exec tmux -D -S "$folder/socket" -f /dev/null </dev/null >/dev/null) &
 until [ -S "$folder/socket" ]; do
@@ -72,7 +73,7 @@ done 2>/dev/null
 
 @dataclass(frozen=True)
 class Shown:
-    """What the terminal shows."""
+    """The screen of a terminal."""
 
     lines: list[bytes]
     width: int
@@ -83,7 +84,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Activity:
-    """What the pane's shell does. `switches` counts how often it has gone to sleep."""
+    """What the shell of the pane does; `switches` counts its voluntary context switches."""
 
     state: str
     in_front: bool
@@ -91,10 +92,10 @@ class _Activity:
 
 
 class Pane:
-    """One life of a terminal."""
+    """One terminal, from its start to its end."""
 
     def __init__(self, recording: Recording, commands: int, events: int, requests: int, replies: int) -> None:
-        self._kept: KeptCommand | None = None
+        self._command: KeptCommand | None = None
         self._recording = recording
         self._requests = requests
         os.set_blocking(requests, False)
@@ -123,12 +124,12 @@ class Pane:
         theirs = [requests_in, replies_out, complaints, commands_in, events_out]
         try:
             try:
-                pane._kept = await box.keep(script.encode(), theirs, cwd=cwd, variables=variables)
+                pane._command = await box.keep(script.encode(), theirs, cwd=cwd, variables=variables)
             finally:
                 for descriptor in theirs:
                     if descriptor != complaints:
                         os.close(descriptor)
-            await pane._greet(pane._kept.ended, complaints)
+            await pane._greet(pane._command.ended, complaints)
         except BaseException:
             pane.close()
             raise
@@ -138,20 +139,20 @@ class Pane:
 
     @property
     def alive(self) -> bool:
-        """Whether its shell is there."""
-        return not self._client.ended.is_set() and self._kept is not None and not self._kept.ended.done()
+        """Whether its shell runs."""
+        return not self._client.ended.is_set() and self._command is not None and not self._command.ended.done()
 
     async def send_keys(
         self, texts: Sequence[str], *, literal: bool, min_wait_s: float, until: float | None, end: float
     ) -> bool:
-        """Type, wait `min_wait_s` and, with `until`, for the shell to wait for input until then; whether it came to that.
+        """Type, wait for `min_wait_s` and then, with `until`, for the shell to wait for input; whether it did by then.
 
-        All of it is over at `end`, a time of `time.monotonic`.
+        Returns at `end` at the latest; both are times of `time.monotonic`.
 
         Raises:
-            ToolError: the text is no text, or the terminal ended before it was typed.
+            ToolError: the text cannot be encoded, or the terminal ended before it was typed.
         """
-        commands = [command for text in texts for command in _commands_for(text, literal=literal)]
+        commands = await asyncio.to_thread(_commands_for, texts, literal)
         before = await self._look()
         for command in commands:
             await self._client.ask(command)
@@ -160,7 +161,7 @@ class Pane:
         return until is None or await self._rest(before, start, min(until, end)) or not self.alive
 
     async def resize(self, width: int | None, height: int | None) -> None:
-        """Give it another size; None keeps the one it has.
+        """Change the size; None keeps the current one.
 
         Raises:
             ToolError: tmux refuses it, or has ended.
@@ -169,7 +170,7 @@ class Pane:
         await self._client.ask(f"resize-window -t @0 {''.join(sizes)}")
 
     async def capture(self, *, history: bool) -> Shown:
-        """What it shows, without the blanks at the end of lines.
+        """The screen, and with `history` what has scrolled away; without the blanks at the end of lines.
 
         Raises:
             ToolError: tmux has ended.
@@ -182,30 +183,30 @@ class Pane:
         return Shown(lines, width, height, (x, y), bool(alternate))
 
     async def stop(self) -> None:
-        """Kill it, and wait until it is gone.
+        """Kill it, and wait for its end.
 
         Raises:
             BoxError: the box died.
         """
-        kept = self._kept
+        command = self._command
         self.close()
-        if kept is not None:
-            await kept.ended
+        if command is not None:
+            await command.ended
 
     def close(self) -> None:
-        """Kill it and let go of everything."""
-        if self._kept is not None and not self._kept.ended.done():
-            self._kept.kill()
+        """Kill it, and close all descriptors."""
+        if self._command is not None and not self._command.ended.done():
+            self._command.kill()
         self._client.close()
         self._replies.close()
         self._on_watch_end()
         os.close(self._requests)
 
     async def _greet(self, ended: asyncio.Future[int], complaints: int) -> None:
-        """Wait until the shell waits for input.
+        """Configure tmux, and wait until the shell waits for input.
 
         Raises:
-            ToolError: it does not come to that.
+            ToolError: tmux or the shell does not start.
         """
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -213,21 +214,21 @@ class Pane:
                     await self._client.ready.wait()
                     (self._pid,), _ = await self._client.ask_numbers("display-message -p -t %0 '#{pane_pid}'", 1)
                 except ToolError:
-                    # Why is known better by what has just ended, if something has.
+                    # The exit status of the kept command tells more.
                     await asyncio.wait([ended], timeout=_WAKE_S)
                     if ended.done():
                         raise ToolError(_explain(ended.result(), os.pread(complaints, 4096, 0))) from None
                     raise
                 # tmux 3.3 crashes if this is set before there is a window.
                 await self._client.ask("set-option -g window-size manual")
-                # The socket has served; nobody else is to connect.
+                # Removes the socket: no other client is to connect.
                 self._request(b"forget")
                 await self._rest(_Activity("", False, 0), time.monotonic(), time.monotonic() + START_TIMEOUT_S)
         except TimeoutError:
             raise ToolError(f"tmux did not start within {START_TIMEOUT_S:g} s") from None
 
     async def _rest(self, before: _Activity, since: float, deadline: float) -> bool:
-        """Wait until the shell is in front and sleeps, after it has woken up for what it was sent; whether it did in time."""
+        """Wait until the shell has woken up for its input, and then sleeps in the foreground; whether it did in time."""
         last, calm = before, 0
         while self.alive and time.monotonic() < deadline:
             now = await self._look()
@@ -268,7 +269,11 @@ class Pane:
         self._recording.output(chunk)
 
 
-def _commands_for(text: str, *, literal: bool) -> list[str]:
+def _commands_for(texts: Sequence[str], literal: bool) -> list[str]:
+    return [command for text in texts for command in _commands_of(text, literal)]
+
+
+def _commands_of(text: str, literal: bool) -> list[str]:
     if not literal and is_key_name(text):
         quoted = f'"{text}"' if "'" in text else f"'{text}'"
         return [f"send-keys -t %0 -- {quoted}"]
@@ -278,7 +283,7 @@ def _commands_for(text: str, *, literal: bool) -> list[str]:
         raise ToolError(f"keys: contain a lone surrogate at character {error.start}, which is not text") from error
     if len(typed) > MAX_KEYS_BYTES:
         raise ToolError(f"keys: more than {MAX_KEYS_BYTES} bytes; write a file instead")
-    # Byte by byte in hexadecimal: nothing in it can mean anything to tmux.
+    # In hexadecimal, so that tmux interprets nothing of it.
     chunks = [typed[start : start + _KEYS_AT_ONCE] for start in range(0, len(typed), _KEYS_AT_ONCE)]
     return [f"send-keys -t %0 -H {chunk.hex(' ')}" for chunk in chunks]
 
@@ -291,5 +296,5 @@ def _explain(status: int, complaint: bytes) -> str:
 
 
 def is_key_name(text: str) -> bool:
-    """Whether tmux takes this for a key: `Enter`, `C-c`, `M-x`, `S-Up`, `^d`. Upper and lower case are the same to it."""
+    """Whether tmux takes a text for a key: `Enter`, `C-c`, `M-x`, `S-Up`, `^d`, in upper or lower case."""
     return _KEY.fullmatch(text) is not None

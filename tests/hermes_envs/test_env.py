@@ -219,3 +219,26 @@ async def test_the_final_response_alone(value: str | None) -> None:
     env = Answer()
     async with env.running():
         assert (await env.run_agent("word")).score.value == float(value is not None)
+
+
+@pytest.mark.parametrize("network", [None, False])
+async def test_a_task_may_do_without_the_network_that_others_have(network: bool | None) -> None:
+    class Curious(WordEnv):
+        proxy = ""
+
+        async def setup_trajectory_workspace(self, task: WordTask, workspace: Workspace) -> None:
+            self.proxy = (await workspace.run('printf %s "$HTTPS_PROXY$https_proxy"')).output
+
+    env = Curious(allow_network=True)
+    env.limits = TaskLimits(network=network)
+    async with env.running():
+        await env.run_agent("word")
+    assert bool(env.proxy) == (network is None)
+
+
+async def test_a_limit_that_no_slot_can_keep_sets_the_task_aside() -> None:
+    env = WordEnv()
+    env.limits = TaskLimits(memory_bytes=1)
+    async with env.running():
+        group = await env.collect_group("word", 1)
+    assert [failure.blame for failure in group.failures] == ["task"]

@@ -15,7 +15,7 @@ from sandbox_image.box.defences import BASICS, REMEDIES, Defence, check_required
 from sandbox_image.box.network import NetworkPolicy
 from sandbox_image.errors import MissingDefenceError
 from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, SlotGroup
-from sandbox_image.kernel.mounts import SharedTrees
+from sandbox_image.kernel.shared_trees import SharedTrees
 from tests.sandbox_image.running import Api, RunningServer, as_other_user, environment, open_directory, running, server_command
 
 CONTROL_GROUPS = {"memory_limit", "process_count_limit", "processor_shares"}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_image.box.network import MAX_HEADER_BYTES, BoxProxy, Destination, NetworkPolicy, is_outside
+from sandbox_image.box.network import Destination, NetworkPolicy, is_outside
+from sandbox_image.box.proxy import MAX_HEADER_BYTES, BoxProxy
 from tests.sandbox_image.running import Api, running, server_command
 from tests.support.small_task import git
 from tests.support.web_site import ADDRESS, site

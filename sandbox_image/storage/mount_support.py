@@ -1,4 +1,4 @@
-"""What the machine lets a server do with file systems, found out by doing it."""
+"""Which mounts a server can make on this host, found out by making them."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ _SMALL = {"size": 1 << 20, "inodes": 100}
 
 @dataclass(frozen=True)
 class MountSupport:
-    """Why something cannot be done; None if it can."""
+    """Why the server cannot mount workspaces, and why it cannot stack them on layers by an overlay; None where it can."""
 
     no_mounts: str | None
     no_overlay: str | None
 
     @classmethod
     def none(cls, reason: str) -> MountSupport:
-        """Nothing can be done."""
+        """Neither works."""
         return cls(reason, reason)
 
 
 def try_out(directory: Path, owner: int | None) -> MountSupport:
-    """Find out, on the file system of a directory that does not exist yet and is gone afterwards.
+    """Try it in a directory that does not exist yet and is removed afterwards, on whose file system the data will lie.
 
-    `owner` is a slot's user, None if that is the server's. Must be called before there is a second thread.
+    `owner` is the user of a slot, None if that is the server's. Must be called before there is a second thread.
     """
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
-        # Its mounts are gone with it.
+        # The mounts vanish with this process, which has a mount namespace of its own.
         try:
-            means = _try(directory, owner)
+            support = _try(directory, owner)
         except OSError as error:
-            means = MountSupport.none(str(error))
+            support = MountSupport.none(str(error))
         finally:
-            os.write(send, json.dumps(asdict(means)).encode())
+            os.write(send, json.dumps(asdict(support)).encode())
             os._exit(0)
     os.close(send)
     with open(receive, "rb") as answer:
@@ -75,7 +75,7 @@ def _reason(error: OSError) -> str:
 
 
 def _try_overlay(trial: _Trial) -> None:
-    """Make a layer, another upon it that deletes and replaces what is in the first, and work upon both."""
+    """Make a layer, on it a second one that deletes and replaces files of the first, and on both a workspace."""
     for number in (1, 2):
         (trial.directory / "layers" / str(number)).mkdir()
     with trial.mounted([], 1):
@@ -103,9 +103,9 @@ class _Trial:
 
     @contextmanager
     def mounted(self, layers: list[int], number: int | None) -> Iterator[Volume]:
-        """A workspace as the current directory."""
+        """Mount a workspace and make it the current directory."""
         volume = self._volumes.mount(str(self.point), self._owner, layers, number)
-        # By its path, the owner might not get there.
+        # The owner may not be able to pass the directories above it.
         os.chdir(self.point)
         try:
             yield volume
@@ -116,7 +116,7 @@ class _Trial:
                 os.close(descriptor)
 
     def write(self, path: str) -> None:
-        """Make a file and the directory above it."""
+        """Create a file and its parent directory."""
 
         def write() -> None:
             Path(path).parent.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ class _Trial:
         self.as_owner(write)
 
     def expect(self, listing: dict[str, list[str]]) -> None:
-        """Compare directories with what they should hold, and their owner with the slot's user."""
+        """Compare what directories contain, and the owner of that."""
         for path, names in listing.items():
             if os.listdir(path) != names:
                 raise OSError(errno.EIO, "an overlay forgets what was deleted in a layer")
@@ -133,7 +133,7 @@ class _Trial:
                 raise OSError(errno.EIO, "an overlay forgets whose files are whose")
 
     def as_owner(self, work: Callable[[], None]) -> None:
-        """Do something as the slot's user."""
+        """Do work as the slot's user."""
         if self._owner is None:
             work()
             return

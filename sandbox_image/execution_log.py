@@ -1,4 +1,4 @@
-"""Results that the server remembers, so that a request that is sent again is not run again."""
+"""Results of executions, which make requests with an execution id idempotent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_REMEMBERED_CHARACTERS = 64 * 1024 * 1024
 
 
 class ExecutionLog:
-    """The outcomes of the last identified executions of a server; one that is still running can be joined."""
+    """The outcomes of the latest executions with an id, those that still run included."""
 
     def __init__(self) -> None:
         self._outcomes: OrderedDict[tuple[str, ...], asyncio.Future[ExecutionResult]] = OrderedDict()
@@ -22,7 +22,7 @@ class ExecutionLog:
         self._size = 0
 
     async def once(self, key: tuple[str, ...], execute: Callable[[], Awaitable[ExecutionResult]]) -> ExecutionResult:
-        """The outcome of the first call with this key, whether it has ended, still runs or begins now.
+        """Execute the first call with a key; a retry gets the outcome of that, and waits for it if necessary.
 
         Raises:
             RequestError: as the first call did.
@@ -35,7 +35,7 @@ class ExecutionLog:
             result = await execute()
         except RequestError as error:
             outcome.set_exception(error)
-            # Nobody may ever ask for it again.
+            # Retrieved, so that nothing is logged if there is no retry.
             outcome.exception()
             self._account(key, len(str(error)))
             raise
@@ -50,7 +50,7 @@ class ExecutionLog:
     def _account(self, key: tuple[str, ...], size: int) -> None:
         self._sizes[key] = size
         self._size += size
-        # Those that still run are not counted and not forgotten: they are as many as there are requests in flight.
+        # Running executions are neither counted nor forgotten; their number is that of the requests in flight.
         while self._sizes and (len(self._sizes) > MAX_REMEMBERED or self._size > MAX_REMEMBERED_CHARACTERS):
             oldest = next(iter(self._sizes))
             self._size -= self._sizes.pop(oldest)

@@ -1,8 +1,8 @@
-"""The server's own view of the file system, in which the users of slots can reach what they must see.
+"""Directories that the users of slots can reach, wherever they lie on the host.
 
-A slot's user is nobody in particular and cannot pass a directory such as /root, although its box is to show a tree below it.
-A server with the privilege therefore takes a mount namespace of its own and binds these trees at a place that everybody can
-reach. Nobody else sees that namespace, and its mounts vanish with the last process in it.
+The user of a slot has no rights on the host and cannot pass a directory such as /root, although a box may have to show a tree
+below it. A server with the right to mount therefore enters a mount namespace of its own and bind-mounts these trees below a
+directory that everybody can pass. No other process sees these mounts, and they vanish with the namespace.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _STANDARD_DIRECTORIES = ("/mnt", "/media", "/srv", "/opt")
 
 
 class SharedTrees:
-    """Where each tree that a box shows can be reached by the user of a slot."""
+    """The path at which the user of a slot reaches each tree that boxes show."""
 
-    def __init__(self, sources: dict[str, str]) -> None:
-        self._sources = sources
+    def __init__(self, paths: dict[str, str]) -> None:
+        self._paths = paths
 
-    def source(self, tree: str) -> str:
-        """The path to hand to bubblewrap for a tree that the stage was set up with."""
-        return self._sources[tree]
+    def path(self, tree: str) -> str:
+        """The path to hand to bubblewrap for one of the trees."""
+        return self._paths[tree]
 
     @classmethod
     def plain(cls, trees: Sequence[str]) -> SharedTrees:
@@ -34,11 +34,11 @@ class SharedTrees:
         return cls({tree: tree for tree in trees})
 
     @classmethod
-    def set_up(cls, trees: Sequence[str], scratch: Path, *, keep: Sequence[str]) -> SharedTrees:
-        """Make the trees reachable for everybody in this process and those that it starts from now on.
+    def mounted(cls, trees: Sequence[str], scratch: Path, *, keep: Sequence[str]) -> SharedTrees:
+        """Make the trees reachable by every user, in this process and those that it starts from now on.
 
-        Must be called as root, before there is a second thread. `scratch` is a path where an empty directory may stand for a
-        moment; no directory of `keep` is covered by a mount.
+        Must be called as root, before there is a second thread. `scratch` is a path at which an empty directory is made for a
+        moment; no mount covers a path of `keep`.
 
         Raises:
             StartupError: a mount namespace is refused, and a tree cannot be reached without one.
@@ -47,20 +47,20 @@ class SharedTrees:
             linux.enter_own_mounts()
         except OSError as error:
             return cls._without_namespace(trees, os.strerror(error.errno or 0))
-        place = next((path for path in _STANDARD_DIRECTORIES if _may_be_covered(path, keep)), None)
-        if place is None:
+        parent = next((path for path in _STANDARD_DIRECTORIES if _may_be_covered(path, keep)), None)
+        if parent is None:
             raise StartupError(f"none of {', '.join(_STANDARD_DIRECTORIES)} is a directory that may be covered by a mount")
         try:
-            return cls(cls._bind(trees, scratch, place))
+            return cls(cls._bind(trees, scratch, parent))
         except OSError as error:
             raise StartupError(f"cannot show what slots need: {error.strerror}") from error
 
     @staticmethod
-    def _bind(trees: Sequence[str], scratch: Path, place: str) -> dict[str, str]:
+    def _bind(trees: Sequence[str], scratch: Path, parent: str) -> dict[str, str]:
         scratch.mkdir(mode=0o700)
         try:
-            linux.mount("stage", str(scratch), "tmpfs", options="mode=0711,size=1m")
-            sources = {}
+            linux.mount("shared-trees", str(scratch), "tmpfs", options="mode=0711,size=1m")
+            paths = {}
             for number, tree in enumerate(trees):
                 point = scratch / str(number)
                 if os.path.isdir(tree):
@@ -68,11 +68,11 @@ class SharedTrees:
                 else:
                     point.touch()
                 linux.mount(tree, str(point), flags=linux.MS_BIND | linux.MS_REC)
-                sources[tree] = f"{place}/{number}"
-            linux.mount(str(scratch), place, flags=linux.MS_MOVE)
+                paths[tree] = f"{parent}/{number}"
+            linux.mount(str(scratch), parent, flags=linux.MS_MOVE)
         finally:
             scratch.rmdir()
-        return sources
+        return paths
 
     @classmethod
     def _without_namespace(cls, trees: Sequence[str], reason: str) -> SharedTrees:
