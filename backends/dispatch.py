@@ -90,7 +90,7 @@ class _Batch:
 
     def __init__(self, client: SlotServerClient, window_s: float, max_calls: int) -> None:
         self._max_calls = max_calls
-        self._bytes = 0
+        self._bytes = self._waiting = 0
         self._closed = False
         self._calls: list[tuple[EncodedCall, asyncio.Future[Outcome | None]]] = []
         self.trip = asyncio.create_task(self._travel(client, window_s))
@@ -104,13 +104,15 @@ class _Batch:
         outcome: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
         self._calls.append((call, outcome))
         self._bytes += len(call.body)
+        self._waiting += 1
         try:
             return await outcome
-        except asyncio.CancelledError:
-            if all(other.done() for _, other in self._calls):
+        finally:
+            self._waiting -= 1
+            if outcome.cancelled() and not self._waiting:
+                # The last caller went away.
                 self._closed = True
                 self.trip.cancel()
-            raise
 
     async def _travel(self, client: SlotServerClient, window_s: float) -> None:
         await asyncio.sleep(window_s)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -42,6 +44,9 @@ class LocalBackend(PooledBackend):
 
     options_class: ClassVar[type[PoolOptions]] = LocalOptions
     options: LocalOptions
+
+    interpreter: ClassVar[Sequence[str]] = (sys.executable,)
+    """How the command line of the server begins."""
 
     def __init__(self, options: LocalOptions) -> None:
         super().__init__(options)
@@ -90,6 +95,7 @@ class LocalBackend(PooledBackend):
             isolation=options.local_isolation,
             parent=options.local_data_dir,
             arguments=options.server_arguments(),
+            interpreter=self.interpreter,
         )
         self._launches += 1
         self._server = server

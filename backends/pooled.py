@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from abc import abstractmethod
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from sandbox_image.protocol import (
 
 
 class PooledBackend(ToolBackend):
-    """A backend with a `SlotPool`. A subclass starts and ends sandboxes, and tells the pool of them."""
+    """A backend with a `SlotPool`. A subclass starts and ends sandboxes, and tells the pool of them (docs/new_backend.md)."""
 
     default_timeout_s = DEFAULT_TIMEOUT_S
 
@@ -43,9 +42,8 @@ class PooledBackend(ToolBackend):
         self._sandbox_restarts = 0
         self._pool: SlotPool | None = None
 
-    @abstractmethod
     def _on_demand(self) -> None:
-        """Somebody waits for a slot."""
+        """Called when somebody has to wait for a slot; a backend that can start another sandbox overrides it."""
 
     def _new_pool(self) -> SlotPool:
         return SlotPool(

@@ -287,13 +287,13 @@ async def test_a_connection_that_keeps_breaking_is_given_up(lying_server: Start)
     assert server.routes == ["/execute", "/execute"]
 
 
-async def test_nobody_there(tmp_path: Path) -> None:
-    async with SlotServerClient(unix_socket=tmp_path / "socket") as client:
+async def test_nobody_there(short_path: Path) -> None:
+    async with SlotServerClient(unix_socket=short_path / "socket") as client:
         with pytest.raises(SandboxUnavailableError, match="no connection"):
             await client.execute(call())
 
 
-async def test_a_server_that_comes_up_late_is_reached(tmp_path: Path) -> None:
+async def test_a_server_that_comes_up_late_is_reached(short_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         body = b'{"layers": ["a"]}'
@@ -301,10 +301,10 @@ async def test_a_server_that_comes_up_late_is_reached(tmp_path: Path) -> None:
         await writer.drain()
         writer.close()
 
-    async with SlotServerClient(unix_socket=tmp_path / "socket") as client:
+    async with SlotServerClient(unix_socket=short_path / "socket") as client:
         asked = asyncio.create_task(client.layers())
         await asyncio.sleep(0.1)
-        async with await asyncio.start_unix_server(serve, tmp_path / "socket"):
+        async with await asyncio.start_unix_server(serve, short_path / "socket"):
             assert await asked == ["a"]
 
 
@@ -363,7 +363,7 @@ async def test_a_batch_hands_out_each_result_as_it_comes(lying_server: Start) ->
     async def reply(visit: Any) -> None:
         await visit.start_stream()
         await visit.line({"index": 1, "result": batch_result(1)})
-        await asyncio.wait_for(seen.wait(), 5)
+        await seen.wait()
         await visit.line({"index": 2, "failure": failure("lease_expired")})
         await visit.line({"index": 0, "result": batch_result(0)})
         await visit.chunk(b"")

@@ -97,7 +97,7 @@ async def test_calls_of_the_same_moment_travel_together_and_end_on_their_own(lyi
 async def test_a_window_is_how_long_a_call_waits_for_company(lying_server: Start) -> None:
     commands = Commands()
     commands.end("a", "b")
-    for window_s, routes in ((0.0, ["/execute", "/execute"]), (0.5, ["/batch"])):
+    for window_s, routes in ((0.0, ["/execute", "/execute"]), (1.0, ["/batch"])):
         server = await lying_server(commands.reply)
         dispatcher = Dispatcher(server.client, window_s=window_s)
         (first,) = start(dispatcher, request("a", 0))
