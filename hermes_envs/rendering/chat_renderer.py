@@ -94,8 +94,8 @@ class ChatRenderer:
 
     def next_prompt(
         self,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
+        prompt_ids: list[int],
+        completion_ids: list[int],
         new_messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]],
     ) -> list[int] | None:
@@ -108,25 +108,25 @@ class ChatRenderer:
             InexactRolloutError: the renderer has changed the prompt or the completion.
         """
         bridged = self._renderer.bridge_to_next_turn(
-            list(prompt_ids), list(completion_ids), _for_template(new_messages), tools=_specs(tools)
+            prompt_ids, completion_ids, _for_template(new_messages), tools=_specs(tools)
         )
         if bridged is None:
             return None
-        extended, history = list(bridged.token_ids), [*prompt_ids, *completion_ids]
-        if extended[: len(history)] != history:
+        extended, history = list(bridged.token_ids), len(prompt_ids) + len(completion_ids)
+        if extended[: len(prompt_ids)] != prompt_ids or extended[len(prompt_ids) : history] != completion_ids:
             raise InexactRolloutError(f"the next prompt of renderer {self.name!r} does not begin with the turns before it")
         return extended
 
     def parse(
         self,
-        completion_ids: Sequence[int],
-        prompt_ids: Sequence[int],
+        completion_ids: list[int],
+        prompt_ids: list[int],
         tools: Sequence[dict[str, Any]],
         call_id_prefix: str,
     ) -> ParsedAnswer:
         """Parse an answer from its token ids. Calls without an id get `call_id_prefix` and a number."""
         try:
-            parsed = self._renderer.parse_response(list(completion_ids), tools=_specs(tools), prompt_ids=list(prompt_ids))
+            parsed = self._renderer.parse_response(completion_ids, tools=_specs(tools), prompt_ids=prompt_ids)
         # A model can write what makes a parser fail, e.g. thousands of nested brackets. The trajectory goes on: to the model
         # it is a malformed call.
         except (*UNSUITABLE, RecursionError) as reason:

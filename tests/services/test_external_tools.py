@@ -61,6 +61,10 @@ async def structured() -> dict[str, Any]:
     return {"temperature": 21.5, "unit": "°C"}
 
 
+async def greedy(places: list[str]) -> str:
+    return places.pop()
+
+
 def box(*functions: Any, max_concurrency: int = 16, timeout_s: float = 30.0) -> ExternalToolbox:
     tools = [ExternalTool(function.__name__, "", ANYTHING, function, timeout_s) for function in functions]
     return ExternalToolbox(tools, max_concurrency)
@@ -76,6 +80,12 @@ async def test_a_tool_answers_with_a_text_or_with_json() -> None:
     assert await call(toolbox, "structured") == ExecutionResult(
         success=True, output='{"temperature": 21.5, "unit": "°C"}', metadata={"timeout": False}
     )
+
+
+async def test_a_tool_that_changes_its_arguments_changes_no_transcript() -> None:
+    places = ["Bern", "Paris"]
+    assert (await call(box(greedy), "greedy", places=places)).output == "Paris"
+    assert places == ["Bern", "Paris"]
 
 
 @pytest.mark.parametrize(
