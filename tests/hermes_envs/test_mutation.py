@@ -12,6 +12,7 @@ import pytest
 import hermes_envs
 from hermes_envs.task_building.mutation import Mutation, MutationPlan, find_mutations, is_test_path
 from hermes_envs.task_building.mutation_kinds import KINDS
+from hermes_envs.task_building.package_builder import is_usable
 
 MODULE = '''"""A module — with “wide” characters in front of code."""
 
@@ -192,3 +193,19 @@ def test_plan_keeps_to_functions_that_were_called() -> None:
 )
 def test_files_of_tests(path: str, expected: bool) -> None:
     assert is_test_path(path) is expected
+
+
+@pytest.mark.parametrize(
+    ("node_id", "expected"),
+    [
+        ("tests/a.py::test[a b]", True),
+        ("tests/a.py::test[é]", True),
+        ("tests/a.py::test[a\nb]", False),
+        ("tests/a.py::test[/workspace/repo/x]", False),
+        ("tests/a.py::test[<object object at 0x7f0]", False),
+        ("README.md::README.md", False),
+        ("coins/change.py::coins.change.make_change", False),
+    ],
+)
+def test_usable_names(node_id: str, expected: bool) -> None:
+    assert is_usable(node_id) is expected
