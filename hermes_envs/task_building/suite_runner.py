@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from backends.base import ToolBackend
 from hermes_envs.errors import TaskBuildError
 from hermes_envs.grading.test_run import TestRun, run_tests
+from hermes_envs.repositories.git import BRANCH
 from hermes_envs.repositories.python_environment import REPOSITORY, PythonEnvironment
 from hermes_envs.repositories.repository import RepositoryCache
 from hermes_envs.task_building.task_repository import TaskRepository
@@ -64,7 +65,7 @@ class SuiteRunner:
         with tempfile.TemporaryDirectory() as scratch:
             await asyncio.to_thread(_commit, tree, Path(scratch) / "clean.git")
             cache = RepositoryCache(Path(scratch) / "snapshots", Path(scratch).as_uri(), _SETUP_TIMEOUT_S)
-            snapshot = await cache.snapshot("clean", "main")
+            snapshot = await cache.snapshot("clean", BRANCH)
         return cls(backend, PythonEnvironment(snapshot, tuple(install_commands), tuple(wheels), _SETUP_TIMEOUT_S))
 
     async def run(self, edits: Mapping[str, bytes] | None = None, *, timeout_s: float, trace_calls: bool = False) -> SuiteRun:
@@ -87,7 +88,7 @@ class SuiteRunner:
 
 def _commit(tree: Path, git_directory: Path) -> None:
     repository = TaskRepository(git_directory)
-    repository.add_task("main", repository.add_tree(tree))
+    repository.add_task(BRANCH, repository.add_tree(tree))
 
 
 def _read(tests: TestRun) -> SuiteRun:
