@@ -20,7 +20,7 @@ from hermes_envs.task_building.mutation import FunctionInfo, Mutation, MutationP
 from hermes_envs.task_building.problem_statement import write_problem_statement
 from hermes_envs.task_building.source_distribution import SourceDistribution, build_wheels, fetch
 from hermes_envs.task_building.suite_runner import Failure, SuiteRunner
-from hermes_envs.task_building.task_folder import WHEELS, TaskRow, repository_path, write_rows
+from hermes_envs.task_building.task_folder import WHEELS, TaskRow, add_rows, repository_path
 from hermes_envs.task_building.task_repository import TaskRepository
 
 OWNER = "pypi"
@@ -46,9 +46,10 @@ class BuilderOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Bug:
-    """Mutations that tests tell of."""
+    """Mutations that tests tell of; `edits` are the contents of the files that have them."""
 
     mutations: tuple[Mutation, ...]
+    edits: dict[str, bytes]
     fail_to_pass: tuple[str, ...]
     pass_to_pass: tuple[str, ...]
     failures: dict[str, Failure]
@@ -96,7 +97,8 @@ class PackageBuilder:
             install_commands = await self._collect_wheels(source, folder / WHEELS)
             wheels = await asyncio.to_thread(lambda: sorted((folder / WHEELS).glob("*.whl")))
             runner = await SuiteRunner.for_tree(self._backend, source.tree, install_commands=install_commands, wheels=wheels)
-            search = _BugSearch(self._options, self._report, source, runner)
+            texts = await asyncio.to_thread(_modules, source.tree)
+            search = _BugSearch(self._options, self._report, source.name, texts, runner)
             bugs = await search.find()
             rows = await asyncio.to_thread(_write, folder, scratch / "repository", source, bugs, install_commands)
             return BuiltPackage(source.name, source.version, tuple(rows), search.dropped)
@@ -113,13 +115,19 @@ class _BugSearch:
     """The search for bugs in one package."""
 
     def __init__(
-        self, options: BuilderOptions, report: Callable[[str], None], source: SourceDistribution, runner: SuiteRunner
+        self,
+        options: BuilderOptions,
+        report: Callable[[str], None],
+        name: str,
+        texts: dict[str, str],
+        runner: SuiteRunner,
     ) -> None:
+        """`texts` are the modules of the package by path."""
         self._options = options
         self._report = report
-        self._name = source.name
+        self._name = name
+        self._texts = texts
         self._runner = runner
-        self._texts = _modules(source.tree)
         self._timeout_s = options.suite_timeout_s
         self._clean: frozenset[str] = frozenset()
         self.dropped: Counter[str] = Counter()
@@ -127,7 +135,7 @@ class _BugSearch:
     async def find(self) -> list[Bug]:
         """The bugs to make tasks of: those in one file first, then those in two."""
         called = await self._run_clean()
-        plan = MutationPlan(self._texts, f"{self._name}-{self._options.seed}", called)
+        plan = await asyncio.to_thread(MutationPlan, self._texts, f"{self._name}-{self._options.seed}", called)
         self._report(f"{self._name}: {len(self._clean)} tests, {len(plan)} places for bugs")
         wanted_pairs = int(self._options.per_package * self._options.multi_file_share) if len(self._texts) > 1 else 0
         singles = await self._collect(((mutation,) for mutation in plan), self._options.per_package + wanted_pairs)
@@ -168,7 +176,8 @@ class _BugSearch:
         found: list[Bug] = []
         tries = wanted * self._options.tries_per_task
         while len(found) < wanted and tries > 0:
-            batch = list(islice(candidates, min(self._options.jobs, tries)))
+            # Choosing among the places of a large package takes a while.
+            batch = await asyncio.to_thread(lambda size: list(islice(candidates, size)), min(self._options.jobs, tries))
             if not batch:
                 break
             tries -= len(batch)
@@ -190,7 +199,7 @@ class _BugSearch:
         failing = sorted(self._clean - passed)
         self._report(f"{self._name}: {kinds}: {len(failing)} tests fail")
         failures = {node_id: run.failures[node_id] for node_id in failing if node_id in run.failures}
-        return Bug(mutations, tuple(failing), tuple(sorted(self._clean & passed)), failures)
+        return Bug(mutations, edits, tuple(failing), tuple(sorted(self._clean & passed)), failures)
 
     def _objection(self, tests: TestRun) -> str | None:
         """Why a bug makes no task."""
@@ -261,9 +270,7 @@ def _write(
     clean = repository.add_tree(source.tree)
     rows = []
     for bug in bugs:
-        texts = {path: (source.tree / path).read_text(encoding="utf-8") for path in {m.path for m in bug.mutations}}
-        edits = {mutation.path: mutation.applied_to(texts[mutation.path]).encode() for mutation in bug.mutations}
-        buggy = repository.edited_tree(clean, edits)
+        buggy = repository.edited_tree(clean, bug.edits)
         instance_id = f"{OWNER}__{source.name}-{source.version}.{bug.name}"
         rows.append(
             TaskRow(
@@ -278,5 +285,5 @@ def _write(
             )
         )
     repository.publish(repository_path(folder, repo))
-    write_rows(folder, rows)
+    add_rows(folder, rows)
     return rows

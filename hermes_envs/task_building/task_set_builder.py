@@ -13,7 +13,7 @@ from backends.base import ToolBackend
 from backends.errors import SandboxError
 from hermes_envs.errors import EnvironmentBuildError, TaskBuildError
 from hermes_envs.task_building.package_builder import BuilderOptions, BuiltPackage, PackageBuilder
-from hermes_envs.task_building.task_folder import WHEELS, TaskRow, repository_path, write_rows
+from hermes_envs.task_building.task_folder import WHEELS, add_rows, repository_path
 from hermes_envs.task_building.task_repository import keep_tasks
 
 Validator = Callable[[Path, Sequence[str]], Awaitable[dict[str, str]]]
@@ -40,7 +40,6 @@ class TaskSetBuilder:
         self._packages = PackageBuilder(options, backend, report)
         self._validate = validate
         self._report = report
-        self._rows: list[TaskRow] = []
 
     async def build(self, package: str, folder: Path) -> PackageOutcome:
         """Add the tasks of one package to the folder; a package that fails leaves no trace in it."""
@@ -76,6 +75,5 @@ class TaskSetBuilder:
         for wheel in (one / WHEELS).glob("*.whl"):
             (folder / WHEELS).mkdir(exist_ok=True)
             shutil.move(wheel, folder / WHEELS / wheel.name)
-        self._rows += rows
-        write_rows(folder, self._rows)
+        add_rows(folder, rows)
         return len(rows)

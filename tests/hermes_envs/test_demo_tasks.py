@@ -15,7 +15,8 @@ from backends.local import LocalBackend, LocalOptions
 from hermes_envs.demo import DemoBug, bugs, materialise
 from hermes_envs.demo.recording import observe_tests
 from hermes_envs.errors import TaskBuildError
-from hermes_envs.task_building.task_folder import read_rows, repository_path
+from hermes_envs.task_building.task_folder import repository_path
+from tests.support.task_rows import read_rows
 
 BUGS = bugs()
 

@@ -19,10 +19,11 @@ from hermes_envs.errors import EnvironmentBuildError
 from hermes_envs.task_building.package_builder import BuilderOptions, PackageBuilder
 from hermes_envs.task_building.source_distribution import fetch
 from hermes_envs.task_building.suite_runner import Failure, SuiteRunner
-from hermes_envs.task_building.task_folder import read_rows, repository_path, write_rows
+from hermes_envs.task_building.task_folder import add_rows, repository_path
 from hermes_envs.task_building.task_set_builder import TaskSetBuilder
 from hermes_envs.task_building.validation import validate
 from tests.support.coin_purse import SOURCES, make_archive
+from tests.support.task_rows import read_rows
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -262,7 +263,7 @@ async def test_validation_runs_the_tasks(built: Path, tmp_path: Path) -> None:
     useless = replace(good, instance_id="useless", patch=NEW_FILE)
     solved = replace(good, instance_id="solved", FAIL_TO_PASS=good.PASS_TO_PASS[:1], PASS_TO_PASS=good.PASS_TO_PASS[1:])
     (tmp_path / "repositories").symlink_to(built / "repositories")
-    write_rows(tmp_path, [good, useless, solved])
+    add_rows(tmp_path, [good, useless, solved])
     problems = await validate(tmp_path, [good.instance_id, "useless", "solved", "absent"])
     assert set(problems) == {"useless", "solved", "absent"}
 
