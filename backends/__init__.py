@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TypeVar, cast
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.errors import (
@@ -22,6 +22,8 @@ from backends.errors import (
     SnapshotError,
 )
 from backends.local import LocalBackend, LocalOptions
+from backends.options import PoolOptions
+from backends.registry import Registry
 
 __all__ = [
     "AcquireTimeoutError",
@@ -36,6 +38,7 @@ __all__ = [
     "Layer",
     "LocalBackend",
     "LocalOptions",
+    "PoolOptions",
     "SandboxError",
     "SandboxProtocolError",
     "SandboxUnavailableError",
@@ -45,21 +48,50 @@ __all__ = [
     "SnapshotError",
     "ToolBackend",
     "create_tool_backend",
+    "options_with",
 ]
+
+BACKENDS = Registry(
+    kind=lambda: ToolBackend,
+    group="hermes_envs.backends",
+    option="tool_pool_mode",
+    built_in={"local": "backends.local:LocalBackend"},
+    error=BackendConfigError,
+)
 
 
 class BackendOptions(LocalOptions):
-    """The options of all backends, of which `tool_pool_mode` chooses one."""
+    """The options of all built-in backends, of which `tool_pool_mode` chooses one."""
 
-    tool_pool_mode: Literal["local", "docker", "nomad", "modal"] = Field("local", description="Where slots come from.")
+    tool_pool_mode: str = Field("local", description="Where slots come from: the name of a backend, or `package.module:Class`.")
+
+
+Options = TypeVar("Options", bound=BackendOptions)
+
+
+def options_with(options: type[Options], mode: str) -> type[Options]:
+    """`options` with those of the backend that `mode` names, as far as they are not among them.
+
+    Raises:
+        BackendConfigError: there is no such backend.
+    """
+    own = BACKENDS.load(mode).options_class
+    if issubclass(options, own):
+        return options
+    bases = cast("tuple[type[Options], ...]", (options, own))
+    return create_model(options.__name__, __base__=bases, __doc__=options.__doc__, __module__=options.__module__)
 
 
 def create_tool_backend(options: BackendOptions) -> ToolBackend:
     """The backend that `tool_pool_mode` names, not started yet.
 
     Raises:
-        BackendConfigError: this version does not have it.
+        BackendConfigError: there is no such backend, or `options` are of a class that lacks its own (see `options_with`).
     """
-    if options.tool_pool_mode == "local":
-        return LocalBackend(options)
-    raise BackendConfigError(f"tool_pool_mode: {options.tool_pool_mode!r} is not available in this version; available: local")
+    backend = BACKENDS.load(options.tool_pool_mode)
+    if not isinstance(options, backend.options_class):
+        raise BackendConfigError(
+            f"tool_pool_mode: {options.tool_pool_mode!r} has options of its own, {backend.options_class.__name__}, which "
+            f"{type(options).__name__} lacks"
+        )
+    return backend(options)

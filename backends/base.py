@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+from backends.options import PoolOptions
 from backends.teardown import finish
 from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
 
@@ -64,7 +65,14 @@ class ToolBackend(ABC):
     Owned by `async with`: entering starts it, leaving stops it. All methods may be called concurrently.
     """
 
+    options_class: ClassVar[type[PoolOptions]] = PoolOptions
+    """What a backend that is chosen by name is made from; fields of its own have a prefix of its own."""
+
     default_timeout_s: float
+
+    def __init__(self, options: PoolOptions) -> None:
+        """`options` is an instance of `options_class`. Nothing is started; the event loop need not run."""
+        self.options = options
 
     async def __aenter__(self) -> Self:
         try:
@@ -92,12 +100,22 @@ class ToolBackend(ABC):
         """Give everything back; `purge` also removes what could serve a later start. May be called twice."""
 
     @abstractmethod
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
+    async def acquire(
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> Slot:
         """Wait for a free slot with a fresh workspace, that starts from `layer` or `start_from` if there is one.
 
-        A slot that starts from a snapshot is one of the sandbox that has it.
+        A slot that starts from a snapshot is one of the sandbox that has it. `network` says whether the slot reaches the
+        network, `memory_bytes` lowers its memory limit (a higher one than configured changes nothing); None is as configured.
 
         Raises:
+            BackendConfigError: `network` is true and `allow_network` is not, or no slot can work with `memory_bytes`.
             SnapshotError: the snapshot is gone.
             AcquireTimeoutError: none became free within `acquire_timeout_s`.
             SandboxUnavailableError: there is no sandbox, and none could be started.
@@ -113,13 +131,20 @@ class ToolBackend(ABC):
 
     @abstractmethod
     async def reset(
-        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+        self,
+        slot: Slot,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """Kill everything in the slot and give it a new box and workspace; `slot.lease` is renewed in place.
 
-        `network` says whether it reaches the network then; None is as `acquire` gives it.
+        `network` and `memory_bytes` are as for `acquire`; None is what `acquire` was told for this slot.
 
         Raises:
+            BackendConfigError: as for `acquire`.
             SnapshotError: the snapshot is gone, or in another sandbox than the slot.
             SlotLostError, SandboxUnavailableError: as for `execute`.
             Exception: whatever `layer.build` raised.
@@ -203,10 +228,19 @@ class ToolBackend(ABC):
 
     @asynccontextmanager
     async def slot(
-        self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> AsyncIterator[Slot]:
-        """Hold a slot for the length of a block; it comes back on success, failure, timeout and cancellation."""
-        slot = await self.acquire(trajectory_id, layer=layer, start_from=start_from)
+        """Hold a slot for the length of a block; it comes back on success, failure, timeout and cancellation.
+
+        The arguments are those of `acquire`.
+        """
+        slot = await self.acquire(trajectory_id, layer=layer, start_from=start_from, network=network, memory_bytes=memory_bytes)
         try:
             yield slot
         finally:

@@ -6,14 +6,13 @@ Nothing that the server says is trusted: answers are read up to a bound and deco
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
 from backends.codec import (
     EncodedCall,
     Outcome,
-    RefusedError,
     decode,
     encode,
     exception_of,
@@ -22,7 +21,7 @@ from backends.codec import (
     read_message,
     read_result,
 )
-from backends.errors import ExecutionTimeoutError, SandboxError, SandboxProtocolError, SandboxUnavailableError
+from backends.errors import ExecutionTimeoutError, SandboxProtocolError, SandboxUnavailableError
 from backends.http import ConnectionLostError, HttpAnswer, HttpClient, NotDeliveredError
 from sandbox_image.protocol import (
     MAX_FILE_BYTES,
@@ -92,16 +91,6 @@ async def _persist(attempt: Callable[[], Awaitable[Answer]], *, repeatable: bool
             repeatable = False
 
 
-def _deadlines(calls: Sequence[EncodedCall], start: float) -> list[float]:
-    """When each call of a batch has to be answered; those of one slot run one after another."""
-    ends: dict[str, float] = {}
-    deadlines = []
-    for call in calls:
-        ends[call.slot_id] = ends.get(call.slot_id, start) + call.timeout_s
-        deadlines.append(ends[call.slot_id])
-    return deadlines
-
-
 def _names(answer: object) -> list[str]:
     names = read_list(answer, "layers")
     if not all(isinstance(name, str) for name in names):
@@ -110,7 +99,7 @@ def _names(answer: object) -> list[str]:
 
 
 class SlotServerClient:
-    """Talks to one slot server over TCP with a bearer token, or over a unix socket; connections are kept and reused.
+    """Talks to one slot server over TCP (HTTP or HTTPS) with a bearer token, or over a unix socket; connections are reused.
 
     Owned by `async with`, or closed by `close()`: requests under way then end in `SandboxUnavailableError`.
 
@@ -124,14 +113,16 @@ class SlotServerClient:
         url: str | None = None,
         token: str | None = None,
         unix_socket: Path | None = None,
+        ca_file: Path | None = None,
         timeout_margin_s: float = TIMEOUT_MARGIN_S,
     ) -> None:
-        """`url` like `http://host:port`, or `unix_socket`; exactly one of them.
+        """`url` like `http://host:port` or `https://host`, or `unix_socket`; exactly one of them.
 
+        A server with https has to have a certificate that the system trusts, or the ones in `ca_file` (PEM).
         `timeout_margin_s` is what the server gets on top of a tool's own timeout before a call counts as unanswered.
         """
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = HttpClient(url=url, unix_socket=unix_socket, headers=headers)
+        self._http = HttpClient(url=url, unix_socket=unix_socket, headers=headers, ca_file=ca_file)
         self._margin_s = timeout_margin_s
 
     async def __aenter__(self) -> Self:
@@ -151,7 +142,7 @@ class SlotServerClient:
             ExecutionTimeoutError: no answer within the tool's timeout plus the margin.
         """
         try:
-            async with asyncio.timeout(call.timeout_s + self._margin_s):
+            async with asyncio.timeout(self._patience_s(call)):
                 answer = await self._request(
                     "POST", "/execute", call.body, limit=_RESULT_BYTES, repeatable=call.execution_id is not None
                 )
@@ -160,38 +151,35 @@ class SlotServerClient:
         return read_result(call, answer)
 
     async def execute_many(self, calls: Sequence[EncodedCall], deliver: Callable[[int, Outcome], None]) -> None:
-        """Run calls together; `deliver(index, outcome)` is called once for each, as soon as its outcome is known.
+        """Run calls of different slots in one request; `deliver(index, outcome)` is called as soon as an outcome is known.
 
-        All calls need an `execution_id`. Those of one slot run one after another: each has its own timeout plus
-        the margin, counted from where the one before has to end. A batch that is refused as malformed is sent again
-        call by call, so that only the bad one suffers.
+        It is sent once: an outcome that is not delivered can be asked for by `execute`, if the call has an `execution_id`.
 
         Raises:
-            SandboxError: why the calls that were not delivered cannot be.
+            SandboxError: why the calls that were not delivered have no outcome.
         """
         loop = asyncio.get_running_loop()
-        pending = dict(enumerate(calls))
+        start, pending = loop.time(), dict(enumerate(calls))
 
         def settle(index: int, outcome: Outcome) -> None:
             if pending.pop(index, None) is not None:
                 deliver(index, outcome)
 
-        def expire(index: int) -> None:
-            settle(index, self._unanswered(calls[index]))
-            if not pending:
-                scope.reschedule(loop.time())
-
-        deadlines = _deadlines(calls, loop.time() + self._margin_s)
-        timers = [loop.call_at(deadline, expire, index) for index, deadline in enumerate(deadlines)]
+        timers = [
+            loop.call_at(start + self._patience_s(call), settle, index, self._unanswered(call))
+            for index, call in enumerate(calls)
+        ]
         try:
-            async with asyncio.timeout_at(max(deadlines)) as scope:
-                await self._deliver(pending, settle)
+            async with asyncio.timeout_at(start + max(map(self._patience_s, calls))):
+                await self._stream_batch(calls, settle)
         except TimeoutError:
             for index, call in list(pending.items()):
                 settle(index, self._unanswered(call))
         finally:
             for timer in timers:
                 timer.cancel()
+        if pending:
+            raise ConnectionLostError("the slot server ended a batch before all of its results")
 
     async def reset(self, request: ResetRequest) -> SlotState:
         """Give a slot a new box and workspace. Repeated if the connection breaks: a second reset does no harm."""
@@ -243,6 +231,9 @@ class SlotServerClient:
         answer = await self._control("/artifacts/archive", request, limit=limit, repeatable=True, artifact=True)
         return read_message(ArtifactArchive, answer)
 
+    def _patience_s(self, call: EncodedCall) -> float:
+        return call.timeout_s + self._margin_s
+
     def _unanswered(self, call: EncodedCall) -> ExecutionTimeoutError:
         return ExecutionTimeoutError(f"no answer within the tool's timeout of {call.timeout_s:g} s plus {self._margin_s:g} s")
 
@@ -278,28 +269,10 @@ class SlotServerClient:
 
         return await _persist(attempt, repeatable=repeatable)
 
-    async def _deliver(self, pending: Mapping[int, EncodedCall], settle: Callable[[int, Outcome], None]) -> None:
-        """Send what is pending as one batch until nothing is."""
-
-        async def attempt() -> None:
-            indices, calls = list(pending), list(pending.values())
-            body = b"[" + b",".join(call.body for call in calls) + b"]"
-            async with self._http.request("POST", "/batch", body, accept="application/x-ndjson") as answer:
-                if answer.status != 200:
-                    raise exception_of(decode(await answer.body(_MESSAGE_BYTES)), artifact=False)
-                async for line in _lines(answer, len(calls)):
-                    position, outcome = read_line(line, calls)
-                    settle(indices[position], outcome)
-            if pending:
-                raise ConnectionLostError("the slot server ended a batch before all of its results")
-
-        try:
-            await _persist(attempt, repeatable=True)
-        except RefusedError:
-            await asyncio.gather(*(self._deliver_alone(index, call, settle) for index, call in pending.items()))
-
-    async def _deliver_alone(self, index: int, call: EncodedCall, settle: Callable[[int, Outcome], None]) -> None:
-        try:
-            settle(index, await self.execute(call))
-        except SandboxError as error:
-            settle(index, error)
+    async def _stream_batch(self, calls: Sequence[EncodedCall], settle: Callable[[int, Outcome], None]) -> None:
+        body = b"[" + b",".join(call.body for call in calls) + b"]"
+        async with self._http.request("POST", "/batch", body, accept="application/x-ndjson") as answer:
+            if answer.status != 200:
+                raise exception_of(decode(await answer.body(_MESSAGE_BYTES)), artifact=False)
+            async for line in _lines(answer, len(calls)):
+                settle(*read_line(line, calls))

@@ -1,80 +1,37 @@
-"""How calls travel to one sandbox: at once when they can, together when they pile up."""
+"""How calls travel to one sandbox: those of a slot one after another, those of several slots together if they come together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections import defaultdict
 
 from backends.client import SlotServerClient
-from backends.codec import EncodedCall
-from backends.errors import SandboxError, SandboxUnavailableError
+from backends.codec import EncodedCall, Outcome, RefusedError
+from backends.errors import SandboxError
+from backends.http import ConnectionLostError, NotDeliveredError
 from sandbox_image.protocol import MAX_BATCH_ITEMS, ExecuteRequest, ExecutionResult
 
 _MAX_BATCH_BYTES = 8 << 20
 
 
-@dataclass(eq=False)
-class _Call:
-    encoded: EncodedCall
-    future: asyncio.Future[ExecutionResult]
-
-    def settle(self, outcome: ExecutionResult | BaseException) -> None:
-        if self.future.done():
-            return
-        if isinstance(outcome, ExecutionResult):
-            self.future.set_result(outcome)
-        else:
-            self.future.set_exception(outcome)
-            # Looked at here: a caller that is cancelled in this very moment never will, which asyncio would report.
-            self.future.exception()
-
-
-@dataclass(eq=False)
-class _Lane:
-    """The calls of one slot. Those in `waiting` leave when those under way are done: a slot runs one call at a time anyway."""
-
-    waiting: deque[_Call] = field(default_factory=deque)
-    under_way: int = 0
-
-
-@dataclass(eq=False)
-class _Flight:
-    """One HTTP request and the calls that travel in it; `open` ones have no outcome yet."""
-
-    calls: list[_Call] = field(default_factory=list)
-    size: int = 0
-    open: int = 0
-    abandoned: bool = False
-
-    def has_room(self, call: _Call, max_calls: int) -> bool:
-        fits = len(self.calls) < max_calls and self.size + len(call.encoded.body) <= _MAX_BATCH_BYTES
-        return fits or not self.calls
-
-    def add(self, call: _Call) -> None:
-        self.calls.append(call)
-        self.size += len(call.encoded.body)
-        self.open += 1
-
-
 class Dispatcher:
     """Sends the calls of one sandbox.
 
-    A call for an idle slot leaves at the end of the current turn of the event loop (or of `window_s`), together with all others
-    that came up meanwhile: alone as `/execute`, several as one streamed `/batch`, of which each result is handed out as it
-    comes. Calls for a slot that is busy pile up and then leave together. So there are never more requests in flight than
-    slots, and a long command holds up nobody but its own slot.
+    The calls of a slot are sent one after another, in the order in which they were made: a slot runs one call at a time. So
+    there are never more requests in flight than slots, and a long command holds up nobody but its own slot. A call whose slot
+    is idle leaves at the end of the current turn of the event loop, or of `window_s`, together with those of other slots that
+    came up meanwhile: alone as `/execute`, several as one streamed `/batch`, of which each result is handed out as it comes.
+    Without batches 64 busy callers would get an eighth less done.
     """
 
     def __init__(self, client: SlotServerClient, *, window_s: float = 0.0, max_batch_size: int = MAX_BATCH_ITEMS) -> None:
         self._client = client
         self._window_s = window_s
         self._max_batch_size = min(max_batch_size, MAX_BATCH_ITEMS)
-        self._lanes: dict[str, _Lane] = {}
-        self._departing: dict[_Lane, None] = {}
-        self._flights: set[asyncio.Task[None]] = set()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._scopes: set[asyncio.Timeout] = set()
+        self._boarding: _Batch | None = None
+        self._batches: set[asyncio.Task[None]] = set()
         self._failure: SandboxError | None = None
 
     async def submit(self, request: ExecuteRequest) -> ExecutionResult:
@@ -85,90 +42,96 @@ class Dispatcher:
         """
         if self._failure is not None:
             raise self._failure
-        call = _Call(EncodedCall.of(request), asyncio.get_running_loop().create_future())
-        lane = self._lanes.setdefault(request.slot_id, _Lane())
-        lane.waiting.append(call)
-        if lane.under_way == 0:
-            self._depart(lane)
-        return await call.future
+        call = EncodedCall.of(request)
+        scope = asyncio.timeout(None)
+        self._scopes.add(scope)
+        try:
+            async with scope, self._turns[request.slot_id]:
+                return await self._send(call)
+        except (TimeoutError, SandboxError):
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            self._scopes.discard(scope)
 
     def fail(self, error: SandboxError) -> None:
         """End all calls with `error` at once, and all later ones."""
         self._failure = error
-        for lane in self._lanes.values():
-            for call in lane.waiting:
-                call.settle(error)
-            lane.waiting.clear()
-        for task in self._flights:
-            task.cancel()
+        now = asyncio.get_running_loop().time()
+        while self._scopes:
+            self._scopes.pop().reschedule(now)
 
     async def close(self, error: SandboxError) -> None:
         """`fail`, and wait until nothing is under way."""
         self.fail(error)
-        if self._flights:
-            await asyncio.wait(self._flights)
+        if self._batches:
+            await asyncio.wait(self._batches)
 
-    def _depart(self, lane: _Lane) -> None:
-        if not self._departing:
-            loop = asyncio.get_running_loop()
-            if self._window_s > 0:
-                loop.call_later(self._window_s, self._send_departing)
-            else:
-                loop.call_soon(self._send_departing)
-        self._departing[lane] = None
+    async def _send(self, call: EncodedCall) -> ExecutionResult:
+        outcome = await self._board(call)
+        if outcome is None:
+            return await self._client.execute(call)
+        if isinstance(outcome, SandboxError):
+            raise outcome
+        return outcome
 
-    def _send_departing(self) -> None:
-        lanes, self._departing = self._departing, {}
-        flight = _Flight()
-        for lane in lanes:
-            while lane.waiting:
-                call = lane.waiting.popleft()
-                if call.future.done():
-                    continue
-                if not flight.has_room(call, self._max_batch_size):
-                    if lane.under_way > 0:
-                        # The rest of a slot's calls waits for those that have just boarded.
-                        lane.waiting.appendleft(call)
-                        break
-                    self._send(flight)
-                    flight = _Flight()
-                lane.under_way += 1
-                flight.add(call)
-        if flight.calls:
-            self._send(flight)
+    async def _board(self, call: EncodedCall) -> Outcome | None:
+        """Travel with the calls of the current window; None if the call has to be sent alone after all."""
+        if self._boarding is None or not self._boarding.has_room(call):
+            self._boarding = _Batch(self._client, self._window_s, self._max_batch_size)
+            self._batches.add(self._boarding.trip)
+            self._boarding.trip.add_done_callback(self._batches.discard)
+        return await self._boarding.outcome_of(call)
 
-    def _send(self, flight: _Flight) -> None:
-        task = asyncio.create_task(self._fly(flight.calls))
-        self._flights.add(task)
-        task.add_done_callback(partial(self._landed, flight))
-        for call in flight.calls:
-            call.future.add_done_callback(partial(self._settled, flight, call, task))
 
-    async def _fly(self, calls: Sequence[_Call]) -> None:
-        if len(calls) == 1:
-            calls[0].settle(await self._client.execute(calls[0].encoded))
-        else:
-            encoded = [call.encoded for call in calls]
-            await self._client.execute_many(encoded, lambda index, outcome: calls[index].settle(outcome))
+class _Batch:
+    """Calls of different slots that travel in one request when a window has passed; each caller awaits its own outcome."""
 
-    def _settled(self, flight: _Flight, call: _Call, task: asyncio.Task[None], future: asyncio.Future[ExecutionResult]) -> None:
-        """A call has its outcome, or its caller went away."""
-        flight.abandoned |= future.cancelled()
-        flight.open -= 1
-        if flight.open == 0 and flight.abandoned:
-            task.cancel()
-        lane = self._lanes[call.encoded.slot_id]
-        lane.under_way -= 1
-        if lane.under_way == 0 and lane.waiting:
-            self._depart(lane)
+    def __init__(self, client: SlotServerClient, window_s: float, max_calls: int) -> None:
+        self._max_calls = max_calls
+        self._bytes = self._waiting = 0
+        self._closed = False
+        self._calls: list[tuple[EncodedCall, asyncio.Future[Outcome | None]]] = []
+        self.trip = asyncio.create_task(self._travel(client, window_s))
 
-    def _landed(self, flight: _Flight, task: asyncio.Task[None]) -> None:
-        """A flight is over: whoever has no outcome yet gets the reason."""
-        self._flights.discard(task)
-        if task.cancelled():
-            error: BaseException | None = self._failure or SandboxUnavailableError("the call was given up")
-        else:
-            error = task.exception()
-        if error is not None:
-            for call in flight.calls:
-                call.settle(error)
+    def has_room(self, call: EncodedCall) -> bool:
+        """Whether the call can still come along."""
+        return not self._closed and len(self._calls) < self._max_calls and self._bytes + len(call.body) <= _MAX_BATCH_BYTES
+
+    async def outcome_of(self, call: EncodedCall) -> Outcome | None:
+        """Come along; None if the batch has no outcome for the call, which may have run or not."""
+        outcome: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+        self._calls.append((call, outcome))
+        self._bytes += len(call.body)
+        self._waiting += 1
+        try:
+            return await outcome
+        finally:
+            self._waiting -= 1
+            if outcome.cancelled() and not self._waiting:
+                # The last caller went away.
+                self._closed = True
+                self.trip.cancel()
+
+    async def _travel(self, client: SlotServerClient, window_s: float) -> None:
+        await asyncio.sleep(window_s)
+        self._closed = True
+        aboard = [(call, outcome) for call, outcome in self._calls if not outcome.done()]
+        reason: SandboxError | None = None
+        try:
+            if len(aboard) > 1:
+                calls = [call for call, _ in aboard]
+                await client.execute_many(calls, lambda index, outcome: _settle(aboard[index][1], outcome))
+        except (RefusedError, NotDeliveredError, ConnectionLostError):
+            # Each is asked for alone, under its `execution_id`: a bad call, or a broken connection, harms no other call.
+            pass
+        except SandboxError as error:
+            reason = error
+        for _, outcome in aboard:
+            _settle(outcome, reason)
+
+
+def _settle(future: asyncio.Future[Outcome | None], outcome: Outcome | None) -> None:
+    if not future.done():
+        future.set_result(outcome)

@@ -1,7 +1,7 @@
 """What can go wrong with a sandbox.
 
     SandboxError                  every failure of infrastructure; never a model's fault
-    ├── BackendConfigError        the options cannot work; retrying is useless
+    ├── BackendConfigError        what is configured, or asked for, cannot work here; retrying is useless
     ├── SandboxUnavailableError   a sandbox cannot be started or does not answer
     │   └── AcquireTimeoutError   no slot became free in time
     ├── SlotLostError             the slot's workspace is gone: server restarted, lease expired, box died
@@ -24,7 +24,7 @@ class SandboxError(Exception):
 
 
 class BackendConfigError(SandboxError):
-    """The backend's options cannot work on this machine; the message says which and what would help."""
+    """The backend's options cannot work on this machine, or rule out the slot that is asked for; the message says which."""
 
 
 class SandboxUnavailableError(SandboxError):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Literal
+import sys
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from backends.errors import BackendConfigError, SandboxError, SandboxUnavailableError, SlotLostError
 from backends.local_server import LocalServer, remove_abandoned
+from backends.options import PoolOptions
 from backends.pool import SlotPool
-from backends.pooled import PooledBackend, PoolOptions
+from backends.pooled import PooledBackend
 from backends.sandbox import Sandbox
 from backends.teardown import finish
 
@@ -39,9 +42,14 @@ class LocalOptions(PoolOptions):
 class LocalBackend(PooledBackend):
     """One slot server on this machine. It is started again if it dies, which costs the slots that were in use."""
 
+    options_class: ClassVar[type[PoolOptions]] = LocalOptions
+    options: LocalOptions
+
+    interpreter: ClassVar[Sequence[str]] = (sys.executable,)
+    """How the command line of the server begins."""
+
     def __init__(self, options: LocalOptions) -> None:
         super().__init__(options)
-        self._options = options
         self._server: LocalServer | None = None
         self._sandbox: Sandbox | None = None
         self._launches = 0
@@ -53,9 +61,9 @@ class LocalBackend(PooledBackend):
         """See `ToolBackend.start`. Does nothing if it runs already."""
         if self._pool is not None:
             return
-        if self._options.local_isolation == "none" and self._options.require_sandbox:
+        if self.options.local_isolation == "none" and self.options.require_sandbox:
             raise BackendConfigError("local_isolation: `none` needs `require_sandbox: false`; or use `bubblewrap`")
-        await asyncio.to_thread(remove_abandoned, self._options.local_data_dir)
+        await asyncio.to_thread(remove_abandoned, self.options.local_data_dir)
         self._pool = self._new_pool()
         try:
             await self._launch(self._pool)
@@ -81,12 +89,13 @@ class LocalBackend(PooledBackend):
         self._supervisor = self._pool = self._ending = None
 
     async def _launch(self, pool: SlotPool) -> None:
-        options = self._options
+        options = self.options
         server = await LocalServer.start(
             slots=options.local_slots,
             isolation=options.local_isolation,
             parent=options.local_data_dir,
             arguments=options.server_arguments(),
+            interpreter=self.interpreter,
         )
         self._launches += 1
         self._server = server

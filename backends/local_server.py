@@ -56,11 +56,17 @@ class LocalServer:
 
     @classmethod
     async def start(
-        cls, *, slots: int, isolation: Literal["bubblewrap", "none"], parent: str | None, arguments: Sequence[str] = ()
+        cls,
+        *,
+        slots: int,
+        isolation: Literal["bubblewrap", "none"],
+        parent: str | None,
+        arguments: Sequence[str] = (),
+        interpreter: Sequence[str] = (sys.executable,),
     ) -> LocalServer:
         """Start a server with a fresh directory below `parent` and wait until it is ready.
 
-        `arguments` are further ones of its command line.
+        `arguments` are further ones of its command line, which begins with `interpreter`.
 
         Raises:
             BackendConfigError: the server refuses to run here; the text is its own reason and remedy.
@@ -70,7 +76,7 @@ class LocalServer:
         try:
             process = await asyncio.create_subprocess_exec(
                 # -P: nothing is imported from the current directory.
-                *(sys.executable, "-P", "-m", "sandbox_image.server", "--die-with-parent"),
+                *(*interpreter, "-P", "-m", "sandbox_image.server", "--die-with-parent"),
                 *("--unix-socket", str(_socket(directory)), "--data-dir", str(directory)),
                 *("--slots", str(slots), "--isolation", isolation, *arguments),
                 stdin=PIPE,

@@ -6,6 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.errors import ArtifactNotFoundError, SnapshotError
+from backends.options import PoolOptions
 from sandbox_image.protocol import ArtifactArchive, ArtifactContent, ArtifactListing, ExecutionResult
 
 _REASON = "there is no sandbox"
@@ -16,21 +17,38 @@ class NoSandbox(ToolBackend):
 
     default_timeout_s = 1.0
 
+    def __init__(self) -> None:
+        super().__init__(PoolOptions())
+
     async def start(self) -> None:
         """There is nothing to bring up."""
 
     async def stop(self, *, purge: bool = False) -> None:
         """There is nothing to give back."""
 
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
-        """A slot at once; a layer is not built."""
+    async def acquire(
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> Slot:
+        """A slot at once; a layer is not built, and there is nothing to be limited."""
         return Slot(sandbox_id="none", slot_id="none", trajectory_id=trajectory_id, lease="none")
 
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """Nobody else waits for it."""
 
     async def reset(
-        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+        self,
+        slot: Slot,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """It is as fresh as ever."""
 

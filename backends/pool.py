@@ -30,6 +30,21 @@ Start = Layer | Snapshot | None
 """What a workspace starts from; None is nothing."""
 
 
+@dataclass(frozen=True)
+class SlotLimits:
+    """Whether a slot reaches the network, and what its memory is lowered to; None is what others say, or as configured."""
+
+    network: bool | None = None
+    memory_bytes: int | None = None
+
+    def over(self, others: SlotLimits) -> SlotLimits:
+        """These limits, and the others where these are None."""
+        return SlotLimits(
+            others.network if self.network is None else self.network,
+            others.memory_bytes if self.memory_bytes is None else self.memory_bytes,
+        )
+
+
 @dataclass(eq=False)
 class _PooledSlot:
     """A slot of a sandbox. Without `lease` its workspace is not fresh: it has to be reset before somebody gets it."""
@@ -41,6 +56,15 @@ class _PooledSlot:
     @property
     def key(self) -> tuple[str, str]:
         return self.sandbox.sandbox_id, self.slot_id
+
+
+@dataclass(eq=False)
+class _Loan:
+    """A slot that a trajectory has, with the limits that were asked for."""
+
+    slot: Slot
+    place: _PooledSlot
+    limits: SlotLimits
 
 
 @dataclass(eq=False)
@@ -67,11 +91,12 @@ class SlotPool:
         `network` says whether slots can reach the network, unless a reset says otherwise. While a layer is built they can.
         """
         self._acquire_timeout_s = acquire_timeout_s
-        self._network = network
+        self._usual_limits = SlotLimits(network)
+        self._has_warned = False
         self._on_demand = on_demand
         self._sandboxes: dict[str, Sandbox] = {}
         self._free: deque[_PooledSlot] = deque()
-        self._lent: dict[tuple[str, str], tuple[Slot, _PooledSlot]] = {}
+        self._lent: dict[tuple[str, str], _Loan] = {}
         self._waiters: list[_Waiter] = []
         self._resets: set[asyncio.Task[None]] = set()
         self._last_failure: SandboxError | None = None
@@ -107,7 +132,7 @@ class SlotPool:
         """Forget a sandbox that died: its slots are lost, and calls in them end with `error` at once."""
         self._sandboxes.pop(sandbox.sandbox_id, None)
         self._free = deque(place for place in self._free if place.sandbox is not sandbox)
-        self._lent = {key: entry for key, entry in self._lent.items() if entry[1].sandbox is not sandbox}
+        self._lent = {key: loan for key, loan in self._lent.items() if loan.place.sandbox is not sandbox}
         for waiter in self._waiters:
             if waiter.sandbox_id == sandbox.sandbox_id and not waiter.place.done():
                 waiter.place.set_exception(_gone(sandbox.sandbox_id))
@@ -131,15 +156,17 @@ class SlotPool:
             task.cancel()
         await asyncio.gather(*resets, return_exceptions=True)
 
-    async def acquire(self, trajectory_id: str, start: Start) -> Slot:
+    async def acquire(self, trajectory_id: str, start: Start, limits: SlotLimits = SlotLimits()) -> Slot:
         """As `ToolBackend.acquire`. Time spent on building a layer does not count as waiting."""
+        limits = limits.over(self._usual_limits)
+        is_usual = start is None and limits == self._usual_limits
         deadline = asyncio.get_running_loop().time() + self._acquire_timeout_s
         while True:
             place = await self._take(start, deadline)
             slot = Slot(place.sandbox.sandbox_id, place.slot_id, trajectory_id, place.lease or "")
-            self._lent[place.key] = (slot, place)
+            self._lent[place.key] = _Loan(slot, place, limits)
             try:
-                if (start is None and place.lease is not None) or await self._freshen(place.sandbox, slot, start):
+                if (is_usual and place.lease is not None) or await self._freshen(place.sandbox, slot, start, limits):
                     return slot
             except BaseException:
                 self.release(slot)
@@ -150,10 +177,10 @@ class SlotPool:
 
     def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """As `ToolBackend.release`; the reset goes on in the background."""
-        lent = self._lent.get((slot.sandbox_id, slot.slot_id))
-        if lent is None or lent[0] is not slot:
+        loan = self._lent.get((slot.sandbox_id, slot.slot_id))
+        if loan is None or loan.slot is not slot:
             return
-        place = lent[1]
+        place = loan.place
         del self._lent[place.key]
         place.lease = None
         if reset_workspace:
@@ -161,12 +188,13 @@ class SlotPool:
         else:
             self._offer(place)
 
-    async def reset(self, slot: Slot, start: Start, network: bool | None) -> None:
+    async def reset(self, slot: Slot, start: Start, limits: SlotLimits = SlotLimits()) -> None:
         """As `ToolBackend.reset`."""
-        sandbox = self.sandbox_of(slot)
+        loan = self._loan(slot)
+        sandbox = loan.place.sandbox
         if isinstance(start, Snapshot) and start.sandbox_id != sandbox.sandbox_id:
             raise SnapshotError(f"the snapshot is in {start.sandbox_id}, the slot in {sandbox.sandbox_id}")
-        failure = await self._reset_to(sandbox, slot, start, network=self._network if network is None else network)
+        failure = await self._reset_to(sandbox, slot, start, limits.over(loan.limits))
         if failure is not None:
             raise failure
 
@@ -180,10 +208,13 @@ class SlotPool:
         Raises:
             SlotLostError: the sandbox died, or the slot was released.
         """
-        lent = self._lent.get((slot.sandbox_id, slot.slot_id))
-        if lent is None or lent[0] is not slot:
+        return self._loan(slot).place.sandbox
+
+    def _loan(self, slot: Slot) -> _Loan:
+        loan = self._lent.get((slot.sandbox_id, slot.slot_id))
+        if loan is None or loan.slot is not slot:
             raise SlotLostError(f"{slot.slot_id} of {slot.sandbox_id} does not belong to {slot.trajectory_id} any more")
-        return lent[1].sandbox
+        return loan
 
     async def _take(self, start: Start, deadline: float) -> _PooledSlot:
         if self._closed:
@@ -252,7 +283,7 @@ class SlotPool:
         pause, longest = RESET_BACKOFF_S
         while place.sandbox.sandbox_id in self._sandboxes:
             try:
-                place.lease = await self._reset(place.sandbox, place.slot_id, network=self._network)
+                place.lease = await self._reset(place.sandbox, place.slot_id, self._usual_limits)
             except SandboxError as error:
                 self._last_failure = error
                 _log.warning("%s of %s cannot be reset: %s", place.slot_id, place.sandbox.sandbox_id, error)
@@ -262,9 +293,9 @@ class SlotPool:
                 self._offer(place)
                 return
 
-    async def _freshen(self, sandbox: Sandbox, slot: Slot, start: Start) -> bool:
+    async def _freshen(self, sandbox: Sandbox, slot: Slot, start: Start, limits: SlotLimits) -> bool:
         """Reset a slot that is about to be handed out; False if it cannot be used."""
-        failure = await self._reset_to(sandbox, slot, start, network=self._network)
+        failure = await self._reset_to(sandbox, slot, start, limits)
         if failure is not None:
             self._last_failure = failure
             _log.warning("%s of %s cannot be reset: %s", slot.slot_id, slot.sandbox_id, failure)
@@ -273,7 +304,7 @@ class SlotPool:
         return (slot.sandbox_id, slot.slot_id) in self._lent
 
     async def _reset_to(
-        self, sandbox: Sandbox, slot: Slot, start: Start, *, network: bool, for_layer: bool = False
+        self, sandbox: Sandbox, slot: Slot, start: Start, limits: SlotLimits, *, for_layer: bool = False
     ) -> SandboxError | None:
         """Reset a slot, to a layer that is built if the sandbox has it not, or not any more; returns why that failed.
 
@@ -285,7 +316,7 @@ class SlotPool:
             build = await self._ensure_layer(sandbox, slot, start) if isinstance(start, Layer) else None
             try:
                 name = None if start is None else start.name
-                slot.lease = await self._reset(sandbox, slot.slot_id, layer=name, network=network, for_layer=for_layer)
+                slot.lease = await self._reset(sandbox, slot.slot_id, limits, layer=name, for_layer=for_layer)
             except MissingError as error:
                 if not isinstance(start, Layer):
                     raise SnapshotError(f"the snapshot is gone: {error}") from error
@@ -298,7 +329,7 @@ class SlotPool:
 
     async def _ensure_layer(self, sandbox: Sandbox, slot: Slot, layer: Layer) -> object:
         async def build() -> None:
-            failure = await self._reset_to(sandbox, slot, layer.base, network=True, for_layer=True)
+            failure = await self._reset_to(sandbox, slot, layer.base, SlotLimits(network=True), for_layer=True)
             if failure is not None:
                 raise failure
             await layer.build(slot)
@@ -306,15 +337,18 @@ class SlotPool:
 
         return await sandbox.layers.ensure(layer.name, build)
 
-    @staticmethod
     async def _reset(
-        sandbox: Sandbox, slot_id: str, *, layer: str | None = None, network: bool, for_layer: bool = False
+        self, sandbox: Sandbox, slot_id: str, limits: SlotLimits, *, layer: str | None = None, for_layer: bool = False
     ) -> str:
         """The slot's new lease."""
-        request = ResetRequest(slot_id, layer=layer, network=network, for_layer=for_layer)
+        network, memory_bytes = bool(limits.network), limits.memory_bytes
+        request = ResetRequest(slot_id, layer, network=network, for_layer=for_layer, memory_bytes=memory_bytes)
         state = await sandbox.client.reset(request)
         if state.slot_id != slot_id:
             raise SandboxProtocolError(f"asked to reset {slot_id}, the server reset another slot")
+        if memory_bytes is not None and state.memory_bytes is None and not self._has_warned:
+            self._has_warned = True
+            _log.warning("memory_bytes limits each process and not a slot: %s has no control groups", sandbox.sandbox_id)
         return state.lease
 
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from abc import abstractmethod
 from contextlib import suppress
 from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from backends.base import BackendStats, Layer, Slot, Snapshot, ToolBackend
 from backends.client import SlotServerClient
 from backends.codec import MissingError
 from backends.dispatch import Dispatcher
-from backends.errors import SandboxUnavailableError
-from backends.pool import SlotPool
+from backends.errors import BackendConfigError, SandboxUnavailableError
+from backends.options import PoolOptions
+from backends.pool import SlotLimits, SlotPool
 from backends.sandbox import Sandbox
-from sandbox_image.box.defences import REMEDIES
-from sandbox_image.box.network import Destination
-from sandbox_image.options import LEAST_MEMORY_BYTES, LEAST_PROCESSES
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
     DEFAULT_ARTIFACT_ENTRIES,
     DEFAULT_TIMEOUT_S,
-    MAX_BATCH_ITEMS,
-    WORKSPACE_BYTES,
-    WORKSPACE_INODES,
+    LEAST_MEMORY_BYTES,
     ArtifactArchive,
     ArtifactArchiveRequest,
     ArtifactContent,
@@ -39,95 +32,31 @@ from sandbox_image.protocol import (
 )
 
 
-class PoolOptions(BaseModel):
-    """What every pool of slots needs to know."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    acquire_timeout_s: float = Field(300.0, gt=0, description="Longest wait for a free slot, in seconds.")
-    allow_network: bool = Field(
-        False, description="Whether the agent's slots reach the internet, by HTTP and HTTPS; layers are always built with it."
-    )
-    network_allowed_hosts: list[str] = Field(
-        default_factory=list,
-        description="`HOST` or `HOST:PORT` outside of the internet that slots with network reach, such as a package index.",
-    )
-    require_sandbox: bool = Field(True, description="Refuse to start without isolation.")
-    workspace_bytes: int = Field(WORKSPACE_BYTES, ge=1, description="What a slot may write, beside what its layer holds.")
-    workspace_inodes: int = Field(WORKSPACE_INODES, ge=100, description="How many files and directories it may make.")
-    workspaces_on_disk: bool = Field(False, description="Keep workspaces on disk, without these limits, and not in memory.")
-    layer_bytes: int | None = Field(
-        None, ge=1, description="Room for layers in each sandbox; half of its free disk. Those used longest ago are deleted."
-    )
-    tool_batch_window_ms: float = Field(
-        0.0, ge=0, description="How long a call waits for others to travel with; 0 sends it at once."
-    )
-    tool_max_batch_size: int = Field(200, ge=1, le=MAX_BATCH_ITEMS, description="Most calls that travel together.")
-    slot_memory_bytes: int = Field(
-        4 * 1024**3, ge=LEAST_MEMORY_BYTES, description="Memory of a slot; of each process where there are no control groups."
-    )
-    slot_processes: int = Field(1024, ge=LEAST_PROCESSES, description="Most processes of a slot, threads included.")
-    required_defences: list[str] = Field(
-        default_factory=list,
-        description="Defences without which no sandbox starts, beside the basics of isolation; see `hermes-envs doctor`.",
-    )
-
-    @field_validator("network_allowed_hosts")
-    @classmethod
-    def _destinations(cls, hosts: list[str]) -> list[str]:
-        for host in hosts:
-            Destination.parse(host)
-        return hosts
-
-    @field_validator("required_defences")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        unknown = [name for name in names if name not in REMEDIES]
-        if unknown:
-            raise ValueError(f"there is no defence {unknown[0]!r}; there are {', '.join(REMEDIES)}")
-        return names
-
-    def server_arguments(self) -> list[str]:
-        """What these options mean on the command line of a slot server."""
-        arguments = ["--memory-bytes", str(self.slot_memory_bytes), "--processes", str(self.slot_processes)]
-        arguments += ["--workspace-bytes", str(self.workspace_bytes), "--workspace-inodes", str(self.workspace_inodes)]
-        if self.workspaces_on_disk:
-            arguments.append("--workspaces-on-disk")
-        if self.layer_bytes is not None:
-            arguments += ["--layer-bytes", str(self.layer_bytes)]
-        for host in self.network_allowed_hosts:
-            arguments += ["--network-allow", host]
-        for name in self.required_defences:
-            arguments += ["--require", name]
-        return arguments
-
-
 class PooledBackend(ToolBackend):
-    """A backend with a `SlotPool`. A subclass starts and ends sandboxes, and tells the pool of them."""
+    """A backend with a `SlotPool`. A subclass starts and ends sandboxes, and tells the pool of them (docs/new_backend.md)."""
 
     default_timeout_s = DEFAULT_TIMEOUT_S
 
     def __init__(self, options: PoolOptions) -> None:
-        self._pool_options = options
+        super().__init__(options)
         self._sandbox_restarts = 0
         self._pool: SlotPool | None = None
 
-    @abstractmethod
     def _on_demand(self) -> None:
-        """Somebody waits for a slot."""
+        """Called when somebody has to wait for a slot; a backend that can start another sandbox overrides it."""
 
     def _new_pool(self) -> SlotPool:
         return SlotPool(
-            acquire_timeout_s=self._pool_options.acquire_timeout_s,
-            network=self._pool_options.allow_network,
+            acquire_timeout_s=self.options.acquire_timeout_s,
+            network=self.options.allow_network,
             on_demand=self._on_demand,
         )
 
     def _new_sandbox(self, sandbox_id: str, client: SlotServerClient, slots: int) -> Sandbox:
         dispatcher = Dispatcher(
             client,
-            window_s=self._pool_options.tool_batch_window_ms / 1000,
-            max_batch_size=self._pool_options.tool_max_batch_size,
+            window_s=self.options.tool_batch_window_ms / 1000,
+            max_batch_size=self.options.tool_max_batch_size,
         )
         return Sandbox(sandbox_id, client, [f"slot_{number}" for number in range(slots)], dispatcher)
 
@@ -139,9 +68,25 @@ class PooledBackend(ToolBackend):
             raise SandboxUnavailableError("the backend is not running")
         return self._pool
 
-    async def acquire(self, trajectory_id: str, *, layer: Layer | None = None, start_from: Snapshot | None = None) -> Slot:
+    def _limits(self, network: bool | None, memory_bytes: int | None) -> SlotLimits:
+        if network and not self.options.allow_network:
+            raise BackendConfigError("allow_network: a slot with network is asked for, and the option does not allow any")
+        if memory_bytes is not None and memory_bytes < LEAST_MEMORY_BYTES:
+            raise BackendConfigError(f"a slot with {memory_bytes} bytes of memory is asked for; it needs {LEAST_MEMORY_BYTES}")
+        return SlotLimits(network, memory_bytes)
+
+    async def acquire(
+        self,
+        trajectory_id: str,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> Slot:
         """See `ToolBackend.acquire`."""
-        return await self._running_pool().acquire(trajectory_id, _start(layer, start_from))
+        limits = self._limits(network, memory_bytes)
+        return await self._running_pool().acquire(trajectory_id, _start(layer, start_from), limits)
 
     async def release(self, slot: Slot, *, reset_workspace: bool = True) -> None:
         """See `ToolBackend.release`. The reset goes on in the background."""
@@ -149,10 +94,17 @@ class PooledBackend(ToolBackend):
             self._pool.release(slot, reset_workspace=reset_workspace)
 
     async def reset(
-        self, slot: Slot, *, layer: Layer | None = None, start_from: Snapshot | None = None, network: bool | None = None
+        self,
+        slot: Slot,
+        *,
+        layer: Layer | None = None,
+        start_from: Snapshot | None = None,
+        network: bool | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
         """See `ToolBackend.reset`."""
-        await self._running_pool().reset(slot, _start(layer, start_from), network)
+        limits = self._limits(network, memory_bytes)
+        await self._running_pool().reset(slot, _start(layer, start_from), limits)
 
     async def snapshot(self, slot: Slot) -> Snapshot:
         """See `ToolBackend.snapshot`."""

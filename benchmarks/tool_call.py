@@ -2,12 +2,14 @@
 
     python benchmarks/tool_call.py [--seconds 20] [--full]
 
-Runs `sh -c true` in five ways that take turns, so that a busy machine disturbs all of them alike:
+Runs `sh -c true` in seven ways that take turns, so that a busy machine disturbs all of them alike:
 
 - bare: `posix_spawn` and `waitpid` in a loop; several callers are several processes
 - server, socket: a `bash` call through a slot server's HTTP API over a unix socket, measured as bare is: blocking, several
   callers are several processes
 - server, unix / tcp: the same by the asynchronous client that the local backend uses; several callers are tasks of one process
+- server, dispatched: the same through the dispatcher of a backend, which lets calls of several callers travel together
+- server, aiohttp: the same request by aiohttp's client over the unix socket, to show what the project's own saves
 - bubblewrap per call: a new box for each command, with the options that a slot's box has
 
 and prints the median time of a call with one caller, and the calls per second with 1 and 8 callers, each in a slot of its own.
@@ -19,15 +21,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+import yarl
 from bench import (
     COMMAND,
     CallFailedError,
@@ -45,7 +53,8 @@ from bench import (
 
 from backends.client import SlotServerClient
 from backends.codec import EncodedCall, Outcome
-from sandbox_image.protocol import ExecuteRequest, ResetRequest
+from backends.dispatch import Dispatcher
+from sandbox_image.protocol import ExecuteRequest, ExecutionResult, ResetRequest
 
 CALLERS = (1, 8)
 MANY_CALLERS = 64
@@ -56,37 +65,76 @@ LONG_COMMAND = "sleep 30"
 Way = Callable[[int, float], list[Moments]]
 """Runs the command from a number of callers for some seconds."""
 
+Call = Callable[[int], Awaitable[None]]
+"""Runs the command once, as the caller of some number."""
 
-def call_with_tasks(client_of: Callable[[], SlotServerClient], callers: int, seconds: float) -> list[Moments]:
+Calling = Callable[[], AbstractAsyncContextManager[Call]]
+"""Opens what is needed to call."""
+
+
+def call_with_tasks(calling: Calling, callers: int, seconds: float) -> list[Moments]:
     """Call a slot server from as many tasks of this process as there are callers, each with its own slot."""
 
-    async def work(client: SlotServerClient, caller: int, deadline: float) -> Moments:
-        call = call_of(caller)
-        return await repeat_async(lambda: succeed(client, call), deadline)
-
     async def run() -> list[Moments]:
-        async with client_of() as client:
+        async with calling() as call:
             deadline = time.perf_counter() + seconds
-            return await asyncio.gather(*(work(client, caller, deadline) for caller in range(callers)))
+            tasks = (repeat_async(partial(call, caller), deadline) for caller in range(callers))
+            return await asyncio.gather(*tasks)
 
     return asyncio.run(run())
 
 
-async def succeed(client: SlotServerClient, call: EncodedCall) -> None:
-    """Run a tool that succeeds."""
-    result = await client.execute(call)
+@asynccontextmanager
+async def by_client(**where: Any) -> AsyncIterator[Call]:
+    """Calls of the asynchronous client alone."""
+    encoded = cache(call_of)
+    async with SlotServerClient(**where) as client:
+        yield lambda caller: succeed(client.execute(encoded(caller)))
+
+
+@asynccontextmanager
+async def by_dispatcher(unix_socket: Path) -> AsyncIterator[Call]:
+    """Calls as a backend makes them."""
+    names = itertools.count()
+    async with SlotServerClient(unix_socket=unix_socket) as client:
+        dispatcher = Dispatcher(client)
+
+        def call(caller: int) -> Awaitable[None]:
+            name = f"{time.monotonic_ns()}-{next(names)}"
+            request = ExecuteRequest(f"slot_{caller}", "bash", {"command": "true"}, execution_id=name, timeout=30.0)
+            return succeed(dispatcher.submit(request))
+
+        yield call
+
+
+@asynccontextmanager
+async def by_aiohttp(unix_socket: Path) -> AsyncIterator[Call]:
+    """Calls by aiohttp's client, which is told to leave out what is not needed."""
+    encoded, url = cache(call_of), yarl.URL("http://slot-server/execute")
+    async with aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(str(unix_socket), limit=0),
+        headers={"Accept": "application/json", "Content-Type": "application/json"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept-Encoding"),
+    ) as session:
+
+        async def execute(caller: int) -> ExecutionResult:
+            async with asyncio.timeout(45), session.post(url, data=encoded(caller).body, allow_redirects=False) as answer:
+                return ExecutionResult.from_json(json.loads(await answer.read()))
+
+        yield lambda caller: succeed(execute(caller))
+
+
+async def succeed(call: Awaitable[ExecutionResult]) -> None:
+    """Await a tool's result, which must be a success."""
+    result = await call
     if not result.success:
         raise CallFailedError(str(result))
 
 
 def ways_to_call(server: SlotServer, bubblewrap: tuple[str, ...]) -> dict[str, Way]:
     """All that is compared, by name."""
-
-    def over_unix() -> SlotServerClient:
-        return SlotServerClient(unix_socket=server.unix_socket)
-
-    def over_tcp() -> SlotServerClient:
-        return SlotServerClient(url=f"http://127.0.0.1:{server.port}")
 
     def spawn_until(argv: tuple[str, ...], deadline: float) -> Moments:
         return repeat(lambda: spawn(argv), deadline)
@@ -97,8 +145,10 @@ def ways_to_call(server: SlotServer, bubblewrap: tuple[str, ...]) -> dict[str, W
     return {
         "bare": lambda callers, share: in_processes(lambda _, end: spawn_until(COMMAND, end), callers, share),
         "server, socket": lambda callers, share: in_processes(socket_until, callers, share),
-        "server, unix": lambda callers, share: call_with_tasks(over_unix, callers, share),
-        "server, tcp": lambda callers, share: call_with_tasks(over_tcp, callers, share),
+        "server, unix": partial(call_with_tasks, partial(by_client, unix_socket=server.unix_socket)),
+        "server, tcp": partial(call_with_tasks, partial(by_client, url=f"http://127.0.0.1:{server.port}")),
+        "server, dispatched": partial(call_with_tasks, partial(by_dispatcher, server.unix_socket)),
+        "server, aiohttp": partial(call_with_tasks, partial(by_aiohttp, server.unix_socket)),
         "bubblewrap per call": lambda callers, share: in_processes(lambda _, end: spawn_until(bubblewrap, end), callers, share),
     }
 
@@ -146,7 +196,7 @@ def table(results: dict[str, Measurement], callers: Sequence[int]) -> str:
 def idle_memory(directory: Path) -> str:
     """What idle slots hold: the proportional set size of all processes but the server itself."""
     with slot_server(directory / "idle", MANY_CALLERS) as server:
-        call_with_tasks(lambda: SlotServerClient(unix_socket=server.unix_socket), MANY_CALLERS, 0.1)
+        call_with_tasks(partial(by_client, unix_socket=server.unix_socket), MANY_CALLERS, 0.1)
         boxes = sum(proportional_kib(process) for process in descendants(server.pid))
         own = proportional_kib(server.pid)
     return f"{MANY_CALLERS} idle slots: {boxes / MANY_CALLERS:.0f} KiB of PSS each, and {own / 1024:.1f} MiB for the server"

@@ -3,76 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
+import hashlib
 import logging
+import re
 import secrets
 import signal
+import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonlines
-from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
+from atroposlib.envs.base import APIServerConfig, BaseEnv
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
-from pydantic import ConfigDict, Field
 
-from backends import BackendOptions, create_tool_backend
-from backends.base import Layer, ToolBackend
-from backends.errors import SandboxError
+from backends import create_tool_backend
+from backends.base import Slot, ToolBackend
+from backends.errors import BackendConfigError
 from backends.no_sandbox import NoSandbox
-from hermes_envs.errors import (
-    ConfigError,
-    EngineError,
-    EnvironmentBuildError,
-    HermesEnvsError,
-    NothingCollectedError,
-    ToolServerError,
-)
-from hermes_envs.policies import PolicyOptions, create_policy
-from hermes_envs.policies.base import Message, Policy, Reference
-from hermes_envs.policies.token_servers import exact_server_class
+from hermes_envs.env_config import AgentEnvConfig
+from hermes_envs.errors import ConfigError, EnvironmentBuildError
+from hermes_envs.policies import create_policy
+from hermes_envs.policies.base import Policy
 from hermes_envs.rollouts.agent import Agent, AgentOptions
-from hermes_envs.rollouts.group import Group, InfrastructureFailure
-from hermes_envs.rollouts.trajectory import Score, Stopwatch, Trajectory
+from hermes_envs.rollouts.blame import Result, attempt
+from hermes_envs.rollouts.group import FailedRollout, Group
+from hermes_envs.rollouts.time_limits import phase_limit, time_limit
+from hermes_envs.rollouts.trajectory import Episode, Score, Stopwatch, Trajectory
 from hermes_envs.runs import command_line
 from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushing_writer, start_wandb, usable_endpoints
-from hermes_envs.runs.group_queue import GroupQueue
+from hermes_envs.runs.collection import collect
+from hermes_envs.runs.evaluation import evaluate
 from hermes_envs.runs.html_report import write_html_report
-from hermes_envs.runs.summary import Reporter, Summary
-from hermes_envs.services.variables import Names
+from hermes_envs.runs.summary import Summary
+from hermes_envs.serving.data_order import DataOrder
+from hermes_envs.serving.rollout_api import Registration, TrainerInfo
 from hermes_envs.serving.serving import Serving
+from hermes_envs.tasks.agent_task import AgentTask
 from hermes_envs.tasks.task_order import TaskOrder
-from hermes_envs.tools.executor import ToolExecutor, ToolOptions
+from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.tools.external import ExternalTool
-from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
+from hermes_envs.tools.tool_server_client import external_tools
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.workspace import Workspace
 
+__all__ = ["AgentEnv", "AgentEnvConfig", "AgentTask", "OrderedEnv"]
+
 logger = logging.getLogger(__name__)
-
-
-class AgentEnvConfig(BaseEnvConfig, BackendOptions, AgentOptions, ToolOptions, ToolServerOptions, PolicyOptions):  # type: ignore[misc]
-    """Every option of an environment; each is an `--env.*` flag and a key below `env:` in YAML."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enabled_toolsets: Names = Field(["default"], description="Toolsets that the model is offered.")
-    disabled_toolsets: Names = Field([], description="Toolsets whose tools are taken away again.")
-    system_prompt: str = Field("", description="System message; empty for the environment's own.")
-    max_concurrent_groups: int = Field(4, ge=1, description="Groups that `process` rolls out at once.")
-    worker_timeout: float = Field(
-        -1.0, description="Longest that `serve` waits for a group, in seconds; -1: each phase of a rollout has its own limit."
-    )
-    rollout_attempts: int = Field(3, ge=1, description="Times that a rollout is tried when infrastructure fails.")
-    group_attempts: int = Field(2, ge=1, description="Times that a group is tried when none of its rollouts completes.")
-    cache_directory: str = Field("~/.cache/hermes-envs", description="Where fetched repositories and tasks are kept.")
-
-    @property
-    def cache_path(self) -> Path:
-        """`cache_directory` with the home directory in it."""
-        return Path(self.cache_directory).expanduser()
 
 
 def _check_stateful_tools(config: AgentEnvConfig, executor: ToolExecutor) -> None:
@@ -84,20 +65,11 @@ def _check_stateful_tools(config: AgentEnvConfig, executor: ToolExecutor) -> Non
         )
 
 
-@dataclass(frozen=True)
-class AgentTask:
-    """What a trajectory starts from: its first messages, the layer its workspace has, and the known solution for `oracle`."""
-
-    prompt: Sequence[Message]
-    layer: Layer | None = None
-    reference: Reference | None = None
-
-
 class AgentEnv(BaseEnv):  # type: ignore[misc]
     """Rolls an agent out on tasks and scores what it did.
 
     A new environment overrides `get_next_item`, `build_task` and a way to score: `score_trajectory` when the final response
-    decides, `verify_and_score_trajectory` when the workspace does.
+    decides, `verify_and_score_trajectory` when the workspace does. docs/new_environment.md shows how.
     """
 
     env_config_cls: ClassVar[type[AgentEnvConfig]] = AgentEnvConfig
@@ -106,6 +78,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     """What `tool_server_url: inprocess` offers."""
     needs_sandbox: ClassVar[bool] = True
     """Whether trajectories get a slot of a backend; without one, their tools are those of a tool server alone."""
+
+    server_cls = UnusedServer
 
     config: AgentEnvConfig
     backend: ToolBackend
@@ -119,17 +93,15 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         slurm: bool = False,
         testing: bool = False,
     ) -> None:
-        self._servers = usable_endpoints(config.policy, server_configs)
+        servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
-        if config.policy == "tokens":
-            self.server_cls = exact_server_class(self._servers)
-        else:
+        if config.policy != "tokens":
             config.tokenizer_name = str(PLACEHOLDER_TOKENIZER)
-            self.server_cls = UnusedServer
-        super().__init__(config, self._servers, slurm=slurm, testing=testing)
+        # What atroposlib calls testing are answers made up by its own clients, which no policy asks.
+        super().__init__(config, servers, slurm=slurm)
         self.summary = Summary()
         self.process_mode = False
         self.n_groups_to_process = 0
@@ -137,23 +109,34 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     @classmethod
     def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
-        """The defaults: no endpoint. Health checks cost a completion a second and hang without a route: off."""
+        """The defaults: no endpoint, and no health check: a rollout whose engine is away fails soon instead of waiting."""
         return cls.env_config_cls(), [APIServerConfig(base_url="", health_check=False)]
 
     @classmethod
     def cli(cls) -> None:
         """Run `serve`, `process` or `evaluate` from the command line; every foreseeable error is one line."""
-        commands = {
-            "serve": cls.get_cli_serve_config_cls,
-            "process": cls.get_cli_process_config_cls,
-            "evaluate": cls.get_cli_evaluate_config_cls,
+        commands: dict[str, Callable[[type[AgentEnvConfig]], type]] = {
+            "serve": lambda options: cls._with_options(options).get_cli_serve_config_cls(),
+            "process": lambda options: cls._with_options(options).get_cli_process_config_cls(),
+            "evaluate": lambda options: cls._with_options(options).get_cli_evaluate_config_cls(),
         }
         command_line.run(commands, cls.env_config_cls, cls.__doc__ or "")
+
+    @classmethod
+    def _with_options(cls, options: type[AgentEnvConfig]) -> Any:
+        """This environment with options that it does not know of: those of a backend from another package."""
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "env_config_cls": options}
+        return cls if options is cls.env_config_cls else type(cls.__name__, (cls,), own)
 
     # --- what an environment overrides ---------------------------------------------------------------------------------
 
     async def setup_agent_env(self) -> None:
         """Prepare what all items need, such as the task set. The backend is running."""
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that are asked."""
+        return self.policy.endpoints.models
 
     @abstractmethod
     async def get_next_item(self) -> Any:
@@ -184,86 +167,123 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         raise NotImplementedError(f"{type(self).__name__} has positions but does not restore them")
 
     def item_name(self, item: Any) -> str:
-        """A short name for logs and records."""
-        return str(item)
+        """A short name for logs and records: a number or a word as it is, a digest of anything else."""
+        text = str(item)
+        if isinstance(item, (int, str)) and re.fullmatch(r"[\w.-]{1,64}", text):
+            return text
+        return hashlib.sha256(repr(item).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-    async def setup_trajectory_workspace(self, item: Any, workspace: Workspace) -> None:
-        """Prepare a fresh workspace before the agent gets it."""
+    async def setup_trajectory_workspace(self, task: Any, workspace: Workspace) -> None:
+        """Prepare a fresh workspace before the agent gets it. `task` is what `build_task` made, for all of these hooks."""
 
-    async def verify_and_score_trajectory(self, item: Any, trajectory: Trajectory, workspace: Workspace) -> Score:
-        """Judge what the agent did. The workspace is as the agent left it, with nothing running."""
-        return Score(await self.score_trajectory(item, trajectory.final_response), "final response")
+    async def validate_task(self, task: Any, workspace: Workspace) -> None:
+        """Look whether a task can be what it says, for a policy that does nothing itself (`nop`); the workspace may be reset.
+
+        Raises:
+            EnvironmentBuildError: it rewards whoever does nothing; it is set aside and reported.
+        """
+
+    async def verify_and_score_trajectory(self, task: Any, episode: Episode, workspace: Workspace) -> Score:
+        """Judge what the agent did. The workspace is as the agent left it, with nothing running.
+
+        Raises:
+            NotScoredError: an episode like this has no score, one that ended by `timeout` perhaps; it is dropped and counted.
+        """
+        return Score(await self.score_trajectory(task.item, episode.final_response), "final response")
 
     async def score_trajectory(self, item: Any, final_response: str) -> float:
         """Judge by the final response alone."""
         raise NotImplementedError(f"{type(self).__name__} scores neither the response nor the workspace")
 
+    def held_out_items(self) -> Sequence[Any]:
+        """What `evaluate` measures the policy on; none: the environment has no evaluation."""
+        return ()
+
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the policy on held-out items."""
-        raise ConfigError(f"{self.name} has no evaluation split; use `process`")
+        """Measure pass@k on the first `num_eval_tasks` items that are held out.
+
+        Raises:
+            ConfigError: none is.
+        """
+        items = self.held_out_items()
+        if not items:
+            raise ConfigError(f"{self.name} has no evaluation split; use `process`")
+        await evaluate(self, items[: self.config.num_eval_tasks or None], self.config)
 
     # --- rollouts ------------------------------------------------------------------------------------------------------
 
-    async def run_agent(self, item: Any, trajectory_id: str | None = None) -> Trajectory:
-        """One rollout from a fresh slot to a score. The environment must be `running`.
+    async def prepare_task(self, item: Any) -> AgentTask:
+        """The task of an item, made once for a group.
 
         Raises:
-            EngineError, SandboxError, ToolServerError: infrastructure failed.
-            EnvironmentBuildError: the item's environment cannot be built.
+            EnvironmentBuildError: the item cannot be used.
         """
-        rollout_id = trajectory_id or f"{self.item_name(item)}-{secrets.token_hex(4)}"
-        agent = Agent(self.executor, self.build_agent_config(item))
-        stopwatch = Stopwatch()
+        return dataclasses.replace(await self.build_task(item), item=item)
+
+    async def run_agent(self, task: Any, trajectory_id: str | None = None) -> Trajectory:
+        """One rollout from a fresh slot to a score. The environment must be `running`. `task` may also be an item.
+
+        Raises:
+            EngineError, SandboxError, ToolServerError, PhaseTimeoutError: infrastructure failed.
+            EnvironmentBuildError: the task's environment cannot be built.
+            NotScoredError: the environment does not score what the rollout came to.
+        """
+        if not isinstance(task, AgentTask):
+            task = await self.prepare_task(task)
+        rollout_id = trajectory_id or f"{self.item_name(task.item)}-{secrets.token_hex(4)}"
+        agent = Agent(self.executor, self.build_agent_config(task.item))
+        limits, stopwatch = task.limits, Stopwatch()
         async with AsyncExitStack() as stack:
             with stopwatch.measure("setup"):
-                task = await self.build_task(item)
-                slot = await stack.enter_async_context(self.backend.slot(rollout_id, layer=task.layer))
+                slot = await stack.enter_async_context(self._slot(rollout_id, task))
+                deadline = time_limit(limits.rollout_s or self.config.rollout_timeout_s)
                 workspace = Workspace(self.backend, slot)
-                await self.setup_trajectory_workspace(item, workspace)
+                async with phase_limit("set-up", limits.setup_s):
+                    await self.setup_trajectory_workspace(task, workspace)
             conversation = self.policy.start(rollout_id, tools=self.executor.schemas, reference=task.reference)
-            trajectory = await agent.run(task.prompt, conversation, workspace, stopwatch)
+            if limits.agent_s is not None:
+                deadline = min(deadline, time_limit(limits.agent_s))
+            episode = await agent.run(task.prompt, conversation, workspace, stopwatch, deadline=deadline)
             with stopwatch.measure("grading"):
-                trajectory.score = await self.verify_and_score_trajectory(item, trajectory, workspace)
-        return trajectory
+                async with phase_limit("grading", limits.grading_s):
+                    if self.policy.validates:
+                        await self.validate_task(task, workspace)
+                    score = await self.verify_and_score_trajectory(task, episode, workspace)
+        return episode.scored(score)
+
+    @asynccontextmanager
+    async def _slot(self, rollout_id: str, task: AgentTask) -> AsyncIterator[Slot]:
+        limits = task.limits
+        async with AsyncExitStack() as stack:
+            try:
+                slot = await stack.enter_async_context(
+                    self.backend.slot(rollout_id, layer=task.layer, network=limits.network, memory_bytes=limits.memory_bytes)
+                )
+            except BackendConfigError as reason:
+                raise EnvironmentBuildError(str(reason)) from reason
+            yield slot
 
     async def collect_group(self, item: Any, size: int | None = None) -> Group:
-        """Roll out `size` trajectories at once, `group_size` by default; each ends scored or as an infrastructure failure."""
+        """Roll out `size` trajectories at once, `group_size` by default; each ends with a score or with a reason why not."""
         name = self.item_name(item)
         trajectory_ids = [f"{name}-{index}-{secrets.token_hex(4)}" for index in range(size or self.config.group_size)]
+        task = await self._attempt(name, lambda: self.prepare_task(item))
+        if isinstance(task, FailedRollout):
+            return Group.of(name, [dataclasses.replace(task, trajectory_id=id_) for id_ in trajectory_ids])
         async with asyncio.TaskGroup() as group:
-            rollouts = [group.create_task(self._try_rollout(item, id_), name=f"rollout {id_}") for id_ in trajectory_ids]
+            rollouts = [
+                group.create_task(self._attempt(id_, functools.partial(self.run_agent, task, id_)), name=f"rollout {id_}")
+                for id_ in trajectory_ids
+            ]
         # A task group outlives a member that somebody else cancelled; the rollout is lost all the same.
         outcomes = [
-            InfrastructureFailure(id_, "its task was cancelled", 1) if rollout.cancelled() else rollout.result()
+            FailedRollout(id_, "its task was cancelled", 1) if rollout.cancelled() else rollout.result()
             for id_, rollout in zip(trajectory_ids, rollouts, strict=True)
         ]
-        return Group(
-            name,
-            tuple(outcome for outcome in outcomes if isinstance(outcome, Trajectory)),
-            tuple(outcome for outcome in outcomes if isinstance(outcome, InfrastructureFailure)),
-        )
+        return Group.of(name, outcomes)
 
-    async def _try_rollout(self, item: Any, trajectory_id: str) -> Trajectory | InfrastructureFailure:
-        """The boundary that assigns blame: what leaves here as an exception is a defect of the run as a whole."""
-        attempt, problem = 0, ""
-        while attempt < self.config.rollout_attempts:
-            attempt += 1
-            try:
-                return await self.run_agent(item, trajectory_id)
-            except EnvironmentBuildError as reason:
-                self.summary.set_aside[self.item_name(item)] = str(reason)
-                problem = f"its environment cannot be built: {reason}"
-                break
-            except (SandboxError, EngineError, ToolServerError) as reason:
-                problem = f"{type(reason).__name__}: {reason}"
-                logger.warning("%s: attempt %d of %d: %s", trajectory_id, attempt, self.config.rollout_attempts, problem)
-            except HermesEnvsError:
-                raise
-            except Exception as reason:
-                problem = f"defect in {type(self).__name__}: {type(reason).__name__}: {reason}"
-                logger.exception("%s: %s", trajectory_id, problem)
-                break
-        return InfrastructureFailure(trajectory_id, problem, attempt)
+    async def _attempt(self, name: str, action: Callable[[], Awaitable[Result]]) -> Result | FailedRollout:
+        return await attempt(name, action, attempts=self.config.rollout_attempts, env_name=type(self).__name__)
 
     # --- a run ---------------------------------------------------------------------------------------------------------
 
@@ -274,9 +294,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         assert task is not None
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
-            self.policy = create_policy(
-                self.config, server=lambda: self.server, tokenizer=lambda: self.tokenizer, server_configs=self._servers
-            )
+            # atroposlib has made one of each config, or with `slurm` one for each node.
+            self.policy = create_policy(self.config, [server.config for server in self.server.servers], self.tokenizer)
             async with (
                 aclosing(self.policy),
                 external_tools(self.config, self.own_external_tools) as external,
@@ -293,6 +312,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     async def env_manager(self) -> None:
         """Serve a trainer through atroposlib's API."""
+        command_line.set_log_level(self.config.log_level)
         serving = Serving(self)
         if self.config.data_path_to_save_groups is not None:
             self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
@@ -303,9 +323,31 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
             if self.jsonl_writer is not None:
                 self.jsonl_writer.close()
 
-    async def collect_trajectories(self, item: Any) -> tuple[list[ScoredDataGroup] | None, list[Any]]:
-        """atroposlib's hook in `serve`: items of exactly the registered size, or none."""
-        group = await self.collect_group(item)
+    def data_order(self) -> DataOrder:
+        """As `ServedEnvironment.data_order`."""
+        return DataOrder(self.get_next_item, self.data_position, self.restore_data_position)
+
+    def enroll(self, registration: Registration, trainer: TrainerInfo) -> None:
+        """As `ServedEnvironment.enroll`: atroposlib's methods read some of it from the environment."""
+        self.env_id, self.wandb_prepend = registration.env_id, registration.wandb_name
+        self.config.batch_size = trainer.batch_size
+        if trainer.max_token_len > 0:
+            # A sequence of that length is one too long for atroposlib.
+            self.policy.limit_sequences(trainer.max_token_len - 1)
+        # atroposlib warns about each group while it knows no limit.
+        self.max_token_len = trainer.max_token_len if trainer.max_token_len > 0 else self.config.max_token_length
+
+    def limit_requests(self, weight: float) -> None:
+        """As `ServedEnvironment.limit_requests`."""
+        self.policy.endpoints.limit_requests(weight)
+
+    async def collect_trajectories(self, item: Any) -> tuple[list[dict[str, Any]] | None, list[Any]]:
+        """As `ServedEnvironment.collect_trajectories`: items of exactly the registered size, or None."""
+        started = time.monotonic()
+        try:
+            group = await self.collect_group(item)
+        finally:
+            self.task_duration.append(time.monotonic() - started)
         self.summary.add(group)
         if group.failures:
             reasons = "; ".join(failure.reason for failure in group.failures)
@@ -315,7 +357,12 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         for data in items:
             # The trainer's API rejects a group that overrides its size.
             del data["group_overrides"]
-        return items, []
+        kept = await self.postprocess_histories(items)
+        return (kept if isinstance(kept, list) else [kept]) if kept else None, []
+
+    async def record_items(self, items: list[dict[str, Any]], item: Any) -> None:
+        """As `ServedEnvironment.record_items`: atroposlib counts them for its metrics and writes them to the file of groups."""
+        await self.handle_send_to_api(items, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
 
     async def process_manager(self) -> None:
         """Collect `n_groups_to_process` groups into a file.
@@ -329,65 +376,46 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         # Without a trainer nothing limits a sequence; atroposlib warns about each group unless it knows a limit.
         self.max_token_len = self.config.max_token_length
         self.jsonl_writer = flushing_writer(self.jsonl_writer, self.config.data_path_to_save_groups)
-        await self._start_wandb()
+        title, groups = self.name or type(self).__name__, self.n_groups_to_process
+        await self._begin(title)
         try:
             async with self.running():
-                await self.collect_groups(self.n_groups_to_process, self.summary, self._save_group)
+                await collect(
+                    self,
+                    self.get_next_item,
+                    groups=groups,
+                    expected=min(groups, self.number_of_items() or groups),
+                    size=self.config.group_size,
+                    summary=self.summary,
+                    title=title,
+                    save=self._save_group,
+                )
         finally:
             self.jsonl_writer.close()
         await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
 
-    async def collect_groups(
-        self, groups: int, summary: Summary, save: Callable[[Any, Group], Awaitable[None]] | None = None
-    ) -> None:
-        """Collect up to `groups` groups, show how far that is, and end with the account. The environment must be `running`.
-
-        Raises:
-            NothingCollectedError: no trajectory was collected.
-        """
-
-        async def forget(item: Any, group: Group) -> None:
-            """There is no file."""
-
-        reporter = Reporter(self.name or type(self).__name__)
-        queue = GroupQueue(
-            next_item=self.get_next_item,
-            collect=self.collect_group,
-            lost=self._lost_group,
-            save=save or forget,
-            reporter=reporter,
-            concurrency=self.config.max_concurrent_groups,
-            attempts=self.config.group_attempts,
-        )
-        reporter.expect(min(groups, self.number_of_items() or groups))
-        try:
-            with reporter:
-                await queue.run(groups, summary)
-        finally:
-            reporter.conclude(summary)
-        if not summary.trajectories:
-            raise NothingCollectedError("no trajectory was collected")
+    async def _save_group(self, item: Any, group: Group) -> None:
+        await self.record_items(await self.postprocess_histories(group.items()), item)
+        await self.wandb_log()
 
     async def _run_evaluate(self) -> None:
         """atroposlib's hook for `evaluate`."""
-        await self._start_wandb()
+        await self._begin(self.name or type(self).__name__)
         async with self.running():
             await self.evaluate()
 
-    async def _start_wandb(self) -> None:
+    async def _begin(self, title: str) -> None:
+        command_line.set_log_level(self.config.log_level)
+        await self.start_wandb(self.wandb_project, title)
+
+    async def start_wandb(self, project: str | None, name: str, group: str | None = None) -> None:
+        """Send metrics, if that is wanted and somebody has logged in."""
         if self.config.use_wandb:
-            name = self.name or type(self).__name__
-            self.config.use_wandb = await asyncio.to_thread(start_wandb, self.wandb_project, name, self.config.model_dump())
+            self.config.use_wandb = await asyncio.to_thread(start_wandb, project, name, self.config.model_dump(), group)
 
-    def _lost_group(self, item: Any, reason: str) -> Group:
-        name = self.item_name(item)
-        failures = [InfrastructureFailure(f"{name}-{index}", reason, 1) for index in range(self.config.group_size)]
-        return Group(name, (), tuple(failures))
-
-    async def _save_group(self, item: Any, group: Group) -> None:
-        data = await self.postprocess_histories(group.items())
-        await self.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
-        await self.wandb_log()
+    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        """atroposlib's hook, with how long requests to the engine take."""
+        await super().wandb_log({**self.policy.endpoints.metrics(), **(wandb_metrics or {})})
 
 
 class OrderedEnv(AgentEnv):

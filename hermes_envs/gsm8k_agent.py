@@ -5,9 +5,9 @@ python -m hermes_envs.gsm8k_agent process --config configs/gsm8k_agent.yaml --en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -16,12 +16,11 @@ from hermes_envs.errors import ConfigError, DatasetError
 from hermes_envs.maths.answer_checker import AnswerChecker
 from hermes_envs.maths.problem import BUNDLED, Problem, split_problems
 from hermes_envs.policies.base import Reference
-from hermes_envs.rollouts.trajectory import Score, Trajectory
-from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
-from hermes_envs.services.variables import Names
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tasks.task_set import TaskSet
 from hermes_envs.tools.call import ToolCall
+from hermes_envs.tools.toolsets import Names
 from hermes_envs.workspace import Workspace, explain
 
 SYSTEM_PROMPT = r"""You solve maths problems. Use the tool `python` for calculations: it runs a script and returns what that
@@ -30,7 +29,7 @@ unit.
 """
 
 
-class Gsm8kAgentConfig(AgentEnvConfig, EvaluationOptions):
+class Gsm8kAgentConfig(AgentEnvConfig):
     """Options of the `gsm8k_agent` environment."""
 
     dataset_name: str = Field(
@@ -115,22 +114,22 @@ class Gsm8kAgentEnv(OrderedEnv):
         ]
         return AgentTask(prompt=prompt, reference=_reference(item))
 
-    async def verify_and_score_trajectory(self, item: Problem, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         r"""1 if the last `\boxed{}` of the final response is equal to the answer, else 0."""
-        if trajectory.end in ("max_steps", "context"):
+        if episode.end in ("max_steps", "context", "timeout"):
             return Score(0.0, "there is no final response")
-        fault = await self._answers.find_fault(trajectory.final_response, item.answer)
+        fault = await self._answers.find_fault(episode.final_response, task.item.answer)
         return Score(0.0, fault) if fault else Score(1.0, "the answer is right")
 
-    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure pass@k on the problems that are held out.
+    def held_out_items(self) -> Sequence[Problem]:
+        """The problems that training never sees.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: there is none.
         """
         if not self._held_out:
             raise ConfigError("eval_split_ratio: no problem is held out; it must be above 0")
-        await evaluate(self, self._held_out[: self.config.num_eval_tasks or None], self.config)
+        return self._held_out
 
 
 def _python(call_id: str, code: str) -> ToolCall:

@@ -5,16 +5,16 @@ python -m hermes_envs.simple_qa process --env.policy oracle
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError
-from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
-from hermes_envs.services.variables import Names
 from hermes_envs.tasks.task_order import TaskOrder
+from hermes_envs.tools.toolsets import Names
 
 SYSTEM_PROMPT = "Answer in one short sentence."
 
@@ -36,7 +36,7 @@ QUESTIONS = (
 )
 
 
-class SimpleQaConfig(AgentEnvConfig, EvaluationOptions):
+class SimpleQaConfig(AgentEnvConfig):
     """Options of the `simple_qa` environment."""
 
     total_steps: int = Field(len(QUESTIONS), description="Groups that `process` collects.")
@@ -77,9 +77,9 @@ class SimpleQaEnv(OrderedEnv):
         """1 if the response contains the answer."""
         return float(item.answer.casefold() in final_response.casefold())
 
-    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure pass@k on the questions, which are too few to hold any out."""
-        await evaluate(self, QUESTIONS[: self.config.num_eval_tasks or None], self.config)
+    def held_out_items(self) -> Sequence[Question]:
+        """All questions: they are too few to hold any out."""
+        return QUESTIONS
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -17,11 +18,10 @@ from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
 from hermes_envs.policies.base import Reference
-from hermes_envs.rollouts.trajectory import Score, Trajectory
-from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
-from hermes_envs.services.variables import Names
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.sha256 import SHA256
+from hermes_envs.tools.toolsets import Names
 from hermes_envs.workspace import Workspace
 
 FILE = "token.txt"
@@ -30,7 +30,7 @@ COMMAND = f"cat {FILE}"
 _SHELL_TOOLS = ("terminal", "bash", "terminal_stateful", "bash_stateful")
 
 
-class SmokeConfig(AgentEnvConfig, EvaluationOptions):
+class SmokeConfig(AgentEnvConfig):
     """Options of the `smoke` environment."""
 
     total_steps: int = Field(1, description="Groups that `process` collects.")
@@ -39,7 +39,7 @@ class SmokeConfig(AgentEnvConfig, EvaluationOptions):
 
 
 @dataclass(frozen=True)
-class SmokeTask:
+class HiddenToken:
     """A token that nobody knows who has not looked into the sandbox."""
 
     name: str
@@ -73,15 +73,18 @@ class SmokeEnv(AgentEnv):
         self._shell_tool = offered[0]
         self._numbers = itertools.count(1)
 
-    async def get_next_item(self) -> SmokeTask:
-        """A task with a token of its own; there are always more."""
-        return SmokeTask(f"smoke-{next(self._numbers)}", secrets.token_hex(16))
+    async def get_next_item(self) -> HiddenToken:
+        """A token that was not there before; there are always more."""
+        return self._new_token()
 
-    def item_name(self, item: SmokeTask) -> str:
-        """The task's number, without its token."""
+    def _new_token(self) -> HiddenToken:
+        return HiddenToken(f"smoke-{next(self._numbers)}", secrets.token_hex(16))
+
+    def item_name(self, item: HiddenToken) -> str:
+        """Its number, without the token."""
         return item.name
 
-    async def build_task(self, item: SmokeTask) -> AgentTask:
+    async def build_task(self, item: HiddenToken) -> AgentTask:
         """What to do, without the token."""
         steps = [f"Run the command `{COMMAND}` with the tool {self._shell_tool}; it prints a token."]
         reference: list[ToolCall | str] = [ToolCall("command", self._shell_tool, {"command": COMMAND})]
@@ -95,26 +98,27 @@ class SmokeEnv(AgentEnv):
         solution: Reference = [*reference, item.token]
         return AgentTask(prompt=prompt, reference=solution)
 
-    async def setup_trajectory_workspace(self, item: SmokeTask, workspace: Workspace) -> None:
+    async def setup_trajectory_workspace(self, task: AgentTask, workspace: Workspace) -> None:
         """Put the token where the command finds it."""
-        written = await workspace.write(FILE, item.token.encode())
+        written = await workspace.write(FILE, task.item.token.encode())
         if not written.success:
             raise SandboxError(f"the token cannot be written: {written.error}")
 
-    async def verify_and_score_trajectory(self, item: SmokeTask, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         """1 if the tools answered what they had to and the final response is the token, else 0."""
-        answers = [(message["name"], message["content"]) for message in trajectory.messages if message["role"] == "tool"]
+        item: HiddenToken = task.item
+        answers = [(message["name"], message["content"]) for message in episode.messages if message["role"] == "tool"]
         if (self._shell_tool, item.token) not in answers:
             return Score(0.0, "the command did not print the token")
         if self.config.tool_server_url and (SHA256.name, item.digest) not in answers:
             return Score(0.0, "the external tool was not called with the token")
-        if trajectory.final_response.strip() != item.token:
+        if episode.final_response.strip() != item.token:
             return Score(0.0, "the final response is not the token")
         return Score(1.0, "the token was repeated")
 
-    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Measure pass@k on `num_eval_tasks` tokens that nobody has seen."""
-        await evaluate(self, [await self.get_next_item() for _ in range(self.config.num_eval_tasks)], self.config)
+    def held_out_items(self) -> Sequence[HiddenToken]:
+        """`num_eval_tasks` tokens that nobody has seen."""
+        return [self._new_token() for _ in range(self.config.num_eval_tasks)]
 
 
 if __name__ == "__main__":

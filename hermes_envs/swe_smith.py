@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hermes_envs.demo import materialise
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import DatasetError, EnvironmentBuildError
 from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch, list_files
@@ -20,7 +21,7 @@ from hermes_envs.grading.protection import Protection
 from hermes_envs.grading.test_run import run_tests
 from hermes_envs.repositories.python_environment import REPOSITORY, VIRTUAL_ENVIRONMENT, PythonEnvironment, installed_modules
 from hermes_envs.repositories.repository import RepositoryCache
-from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tasks.task_set import Row, TaskSet, missing_columns
 from hermes_envs.tools.call import ToolCall
@@ -62,7 +63,7 @@ class SweSmithConfig(AgentEnvConfig):
 
 
 @dataclass(frozen=True)
-class SweTask:
+class SweRow:
     """One row. `generation` tells how many commits before `revision` the tree lies that has all tests."""
 
     instance_id: str
@@ -77,7 +78,7 @@ class SweTask:
     install_commands: tuple[str, ...]
 
     @classmethod
-    def from_row(cls, row: Row) -> SweTask:
+    def from_row(cls, row: Row) -> SweRow:
         """Read a row of SWE-smith-oracle, or of SWE-smith itself.
 
         SWE-smith's own rows have no `base_commit`: the task is the branch named after the instance, whose last commit took
@@ -124,12 +125,15 @@ def _strings(row: Row, column: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-@dataclass(frozen=True)
-class Environments:
-    """What the agent works in and what it is graded in; the same unless the task hides its tests."""
+@dataclass(frozen=True, kw_only=True)
+class SweTask(AgentTask):
+    """A row with what it is worked on and graded in; the two environments are the same unless the row hides its tests."""
 
-    agent: PythonEnvironment
-    grading: PythonEnvironment
+    row: SweRow
+    agent_environment: PythonEnvironment
+    grading_environment: PythonEnvironment
+    tests: tuple[str, ...]
+    """The node ids that must pass."""
 
 
 class SweSmithEnv(OrderedEnv):
@@ -146,7 +150,9 @@ class SweSmithEnv(OrderedEnv):
             DatasetError: there is no usable row.
         """
         cache = self.config.cache_path
-        task_set = await TaskSet.load(self.config.dataset_name, self.config.dataset_split, cache)
+        task_set = await TaskSet.load(
+            self.config.dataset_name, self.config.dataset_split, cache, built_in={"demo": materialise}
+        )
         tasks = self._read_rows(task_set.rows)
         seed = self.config.seed if self.config.shuffle else None
         self.order = TaskOrder(tasks, seed=seed, most=self.config.max_items)
@@ -155,11 +161,11 @@ class SweSmithEnv(OrderedEnv):
             cache / "repositories", self._repository_url(task_set.folder), self.config.install_timeout_s
         )
 
-    def _read_rows(self, rows: list[Row]) -> list[SweTask]:
+    def _read_rows(self, rows: list[Row]) -> list[SweRow]:
         tasks = []
         for row in rows:
             try:
-                task = SweTask.from_row(row)
+                task = SweRow.from_row(row)
             except DatasetError as reason:
                 self.summary.skipped_rows.append(str(reason))
                 continue
@@ -179,86 +185,87 @@ class SweSmithEnv(OrderedEnv):
             return (folder / "repositories").resolve().as_uri()
         return "https://github.com"
 
-    def item_name(self, item: SweTask) -> str:
+    def item_name(self, item: SweRow) -> str:
         """The instance id."""
         return item.instance_id
 
-    async def build_task(self, item: SweTask) -> AgentTask:
+    async def build_task(self, item: SweRow) -> SweTask:
         """The problem statement as prompt, the repository and its environment as layer, the patch as reference."""
-        environments = await self._environments(item)
+        agent_environment = await self._environment(item, 0)
         statement = item.problem_statement
         if self.config.prompt_mode == "problem_statement+text" and item.text:
             statement = f"{statement}\n\n{item.text}"
-        return AgentTask(
+        return SweTask(
             prompt=[
                 {"role": "system", "content": self.config.system_prompt or SYSTEM_PROMPT},
                 {"role": "user", "content": statement},
             ],
-            layer=environments.agent.layer(self.backend),
+            layer=agent_environment.layer(self.backend),
             reference=_reference(item),
+            row=item,
+            agent_environment=agent_environment,
+            grading_environment=await self._environment(item, item.generation) if item.generation else agent_environment,
+            tests=self._tests(item),
         )
 
-    async def _environments(self, item: SweTask) -> Environments:
-        async def environment(generation: int) -> PythonEnvironment:
-            snapshot = await self._repositories.snapshot(item.repository, item.revision, generation=generation)
-            return PythonEnvironment(snapshot, item.install_commands, self._wheels, self.config.install_timeout_s)
+    async def _environment(self, row: SweRow, generation: int) -> PythonEnvironment:
+        snapshot = await self._repositories.snapshot(row.repository, row.revision, generation=generation)
+        return PythonEnvironment(snapshot, row.install_commands, self._wheels, self.config.install_timeout_s)
 
-        agent = await environment(0)
-        return Environments(agent, agent if item.generation == 0 else await environment(item.generation))
-
-    async def setup_trajectory_workspace(self, item: SweTask, workspace: Workspace) -> None:
+    async def setup_trajectory_workspace(self, task: SweTask, workspace: Workspace) -> None:
         """Start tools in the repository, with its virtual environment activated."""
         workspace.cwd = REPOSITORY
         path = (await workspace.run('printf %s "$PATH"')).output
         workspace.env = {"PATH": f"{VIRTUAL_ENVIRONMENT}/bin:{path}", "VIRTUAL_ENV": VIRTUAL_ENVIRONMENT}
 
-    async def verify_and_score_trajectory(self, item: SweTask, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def validate_task(self, task: SweTask, workspace: Workspace) -> None:
+        """A task whose tests pass without a fix would reward anything.
+
+        Raises:
+            EnvironmentBuildError: it is such a task.
+        """
+        await workspace.reset_for_grading(task.grading_environment.layer(self.backend))
+        run = await run_tests(workspace, task.tests, self.config.test_timeout_s)
+        if run.problem is None and not run.failures(task.row.fail_to_pass):
+            raise EnvironmentBuildError("its tests pass without a fix")
+
+    async def verify_and_score_trajectory(self, task: SweTask, episode: Episode, workspace: Workspace) -> Score:
         """1 if every named test passes in a clean workspace with the agent's change to the source, else 0."""
-        environments = await self._environments(item)
-        details: dict[str, Any] = {"instance_id": item.instance_id}
-        if self.config.policy == "nop":
-            await self._require_failing_tests(item, environments, workspace)
-        if trajectory.tool_counts.attempted == 0:
+        details: dict[str, Any] = {"instance_id": task.row.instance_id}
+        if episode.tool_counts.attempted == 0:
             return Score(0.0, "no tool was called", details)
         try:
-            patch = await capture_patch(workspace, environments.agent.snapshot)
+            patch = await capture_patch(workspace, task.agent_environment.snapshot)
             details["patch"] = patch.decode("utf-8", errors="replace")[:_SHOWN_PATCH_CHARS]
             if not patch:
                 return Score(0.0, "nothing was changed", details)
-            await workspace.reset_for_grading(environments.grading.layer(self.backend))
+            await workspace.reset_for_grading(task.grading_environment.layer(self.backend))
             files, modules = await list_files(workspace), await installed_modules(workspace)
-            applied = await apply_patch(workspace, patch, Protection.of_task(self._tests(item), item.patch, files, modules))
+            applied = await apply_patch(workspace, patch, Protection.of_task(task.tests, task.row.patch, files, modules))
         except PatchError as reason:
             return Score(0.0, str(reason), details)
         details["left_out"] = applied.left_out
         if not applied.changed:
             return Score(0.0, "only protected paths were changed", details)
-        return await self._score_by_tests(item, workspace, details)
+        return await self._score_by_tests(task, workspace, details)
 
-    async def _score_by_tests(self, item: SweTask, workspace: Workspace, details: dict[str, Any]) -> Score:
-        run = await run_tests(workspace, self._tests(item), self.config.test_timeout_s)
+    async def _score_by_tests(self, task: SweTask, workspace: Workspace, details: dict[str, Any]) -> Score:
+        run = await run_tests(workspace, task.tests, self.config.test_timeout_s)
         if run.problem is not None:
             return Score(0.0, run.problem, details)
-        failures = run.failures(self._tests(item))
+        failures = run.failures(task.tests)
         details["test_seconds"] = run.duration_s
         details["failed_tests"] = {node_id: run.outcomes.get(node_id, "missing") for node_id in failures[:_SHOWN_FAILURES]}
         if failures:
-            return Score(0.0, f"{len(failures)} of {len(self._tests(item))} tests did not pass", details)
-        return Score(1.0, f"all {len(self._tests(item))} tests passed", details)
+            return Score(0.0, f"{len(failures)} of {len(task.tests)} tests did not pass", details)
+        return Score(1.0, f"all {len(task.tests)} tests passed", details)
 
-    async def _require_failing_tests(self, item: SweTask, environments: Environments, workspace: Workspace) -> None:
-        """The `nop` policy validates a task set: a task whose tests pass without a fix would reward anything."""
-        await workspace.reset_for_grading(environments.grading.layer(self.backend))
-        run = await run_tests(workspace, self._tests(item), self.config.test_timeout_s)
-        if run.problem is None and not run.failures(item.fail_to_pass):
-            raise EnvironmentBuildError("its tests pass without a fix")
-
-    def _tests(self, item: SweTask) -> tuple[str, ...]:
-        required = item.fail_to_pass if self.config.score_include_fail_to_pass else ()
-        return (*required, *item.pass_to_pass)
+    def _tests(self, row: SweRow) -> tuple[str, ...]:
+        required = row.fail_to_pass if self.config.score_include_fail_to_pass else ()
+        return (*required, *row.pass_to_pass)
 
 
-def _reference(item: SweTask) -> list[ToolCall]:
+def _reference(item: SweRow) -> list[ToolCall]:
     """Put the patch into a file and apply it; a bug's patch, as SWE-smith has it, is applied in reverse."""
     path = f"{WORKSPACE}/solution.patch"
     apply = f"git apply {shlex.quote(path)}"

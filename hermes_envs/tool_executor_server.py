@@ -21,49 +21,46 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_settings import SettingsConfigDict
 
 from backends import BackendOptions, ToolBackend, create_tool_backend
 from backends.base import Slot
 from backends.errors import SandboxError
 from hermes_envs.errors import HermesEnvsError
 from hermes_envs.services.http_service import (
+    Body,
     HttpService,
     RefusalError,
-    Route,
     announce,
+    get,
+    post,
     result_json,
     stop_signal,
     unusable_json,
 )
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.services.trajectory_slots import TrajectorySlots
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.call import ToolCall, UnusableCallError
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
-from hermes_envs.tools.toolsets import Toolsets
+from hermes_envs.tools.toolsets import Names, Toolsets
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
     DEFAULT_ARTIFACT_ENTRIES,
     MAX_TIMEOUT_S,
     ExecutionResult,
-    ProtocolError,
-    Range,
-    Wire,
 )
 
-PREFIX = "TOOL_EXECUTOR_"
 ALIASES = {
-    "SLOTS": "local_slots",
-    "BATCH_WINDOW_MS": "tool_batch_window_ms",
-    "MAX_BATCH_SIZE": "tool_max_batch_size",
+    "TOOL_EXECUTOR_SLOTS": "TOOL_EXECUTOR_LOCAL_SLOTS",
+    "TOOL_EXECUTOR_BATCH_WINDOW_MS": "TOOL_EXECUTOR_TOOL_BATCH_WINDOW_MS",
+    "TOOL_EXECUTOR_MAX_BATCH_SIZE": "TOOL_EXECUTOR_TOOL_MAX_BATCH_SIZE",
 }
 MAX_TRAJECTORY_ID_CHARS = 256
 
@@ -71,46 +68,42 @@ MAX_TRAJECTORY_ID_CHARS = 256
 class ToolExecutorServerOptions(ServiceOptions, BackendOptions, ToolOptions, ToolServerOptions):
     """Options of the tool executor server."""
 
+    model_config = SettingsConfigDict(env_prefix="TOOL_EXECUTOR_")
+
     port: int = Field(9001, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
     idle_timeout_s: float = Field(900.0, gt=0, description="How long a trajectory keeps its slot without a call, in seconds.")
     enabled_toolsets: Names = Field(["full", "bash", "bash_stateful"], description="Toolsets that can be called.")
     disabled_toolsets: Names = Field([], description="Toolsets whose tools are taken away again.")
 
 
-@dataclass(frozen=True)
-class TrajectoryMessage(Wire):
+def _check_trajectory_id(name: str) -> str:
+    if not 1 <= len(name) <= MAX_TRAJECTORY_ID_CHARS or not name.isprintable():
+        # It stands in lines of a log.
+        raise ValueError(f"must have 1 to {MAX_TRAJECTORY_ID_CHARS} printable characters")
+    return name
+
+
+class TrajectoryBody(Body):
     """A request about one trajectory."""
 
-    trajectory_id: str
-
-    def check(self) -> None:
-        """Refuse names that could not stand in a line of a log.
-
-        Raises:
-            ProtocolError: the name is empty, too long, or has characters that cannot be printed.
-        """
-        if not 1 <= len(self.trajectory_id) <= MAX_TRAJECTORY_ID_CHARS or not self.trajectory_id.isprintable():
-            raise ProtocolError(f"field 'trajectory_id' must have 1 to {MAX_TRAJECTORY_ID_CHARS} printable characters")
+    trajectory_id: Annotated[str, AfterValidator(_check_trajectory_id)]
 
 
-@dataclass(frozen=True)
-class ExecuteMessage(TrajectoryMessage):
+class ExecuteBody(TrajectoryBody):
     """Run a tool. `timeout` is in seconds."""
 
     tool: str
     args: dict[str, Any]
-    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
 
 
-@dataclass(frozen=True)
-class ReleaseMessage(TrajectoryMessage):
-    """Give the slot back. Without `reset_workspace` it is made fresh only when somebody else gets it."""
+class ReleaseBody(TrajectoryBody):
+    """Give the slot back. Without `reset_workspace` it is reset only when it is acquired again."""
 
     reset_workspace: bool = True
 
 
-@dataclass(frozen=True)
-class ReadMessage(TrajectoryMessage):
+class ReadBody(TrajectoryBody):
     """Read one file of the workspace."""
 
     path: str
@@ -119,8 +112,7 @@ class ReadMessage(TrajectoryMessage):
     include_sha256: bool = False
 
 
-@dataclass(frozen=True)
-class ListMessage(TrajectoryMessage):
+class ListBody(TrajectoryBody):
     """List a directory of the workspace."""
 
     path: str = "."
@@ -128,8 +120,7 @@ class ListMessage(TrajectoryMessage):
     max_entries: int = DEFAULT_ARTIFACT_ENTRIES
 
 
-@dataclass(frozen=True)
-class ArchiveMessage(TrajectoryMessage):
+class ArchiveBody(TrajectoryBody):
     """Pack a directory of the workspace."""
 
     path: str = "."
@@ -148,69 +139,67 @@ class ToolExecutorServer:
         self._executor = executor
         self._slots = slots
         self._calls = self._running = 0
-        routes: dict[tuple[str, str], Route] = {
-            ("POST", "/execute"): (ExecuteMessage, self._execute),
-            ("POST", "/release"): (ReleaseMessage, self._release),
-            ("POST", "/artifacts/read"): (ReadMessage, self._read),
-            ("POST", "/artifacts/list"): (ListMessage, self._list),
-            ("POST", "/artifacts/archive"): (ArchiveMessage, self._archive),
-            ("GET", "/status"): (None, self._status),
-            ("GET", "/health"): (None, self._health),
-        }
+        routes = (
+            post("/execute", ExecuteBody, self._execute),
+            post("/release", ReleaseBody, self._release),
+            post("/artifacts/read", ReadBody, self._read),
+            post("/artifacts/list", ListBody, self._list),
+            post("/artifacts/archive", ArchiveBody, self._archive),
+            get("/status", self._status),
+            get("/health", self._health),
+        )
         self.service = HttpService(routes, options)
 
-    async def _execute(self, message: ExecuteMessage) -> dict[str, Any]:
+    async def _execute(self, body: ExecuteBody) -> dict[str, Any]:
         try:
-            call = self._executor.check(ToolCall.parse(secrets.token_hex(8), message.tool, message.args))
+            call = self._executor.check(ToolCall.parse(secrets.token_hex(8), body.tool, body.args))
         except UnusableCallError as problem:
             return unusable_json(str(problem))
         self._calls += 1
         self._running += 1
         try:
-            return result_json(await self._run(message, call))
+            return result_json(await self._run(body, call))
         finally:
             self._running -= 1
 
-    async def _run(self, message: ExecuteMessage, call: ToolCall) -> ExecutionResult:
+    async def _run(self, body: ExecuteBody, call: ToolCall) -> ExecutionResult:
         if self._executor.is_external(call.name):
-            return await self._executor.run_external(call, message.trajectory_id, timeout_s=message.timeout)
-        async with self._slots.use(message.trajectory_id) as slot:
-            return await self._executor.run(Workspace(self._backend, slot), call, timeout_s=message.timeout)
+            return await self._executor.run_external(call, body.trajectory_id, timeout_s=body.timeout)
+        async with self._slots.use(body.trajectory_id) as slot:
+            return await self._executor.run(Workspace(self._backend, slot), call, timeout_s=body.timeout)
 
-    async def _release(self, message: ReleaseMessage) -> dict[str, Any]:
-        return {"released": await self._slots.release(message.trajectory_id, reset_workspace=message.reset_workspace)}
+    async def _release(self, body: ReleaseBody) -> dict[str, Any]:
+        return {"released": await self._slots.release(body.trajectory_id, reset_workspace=body.reset_workspace)}
 
-    @asynccontextmanager
-    async def _existing_slot(self, message: TrajectoryMessage) -> AsyncIterator[Slot]:
-        async with self._slots.use(message.trajectory_id, acquire=False) as slot:
-            yield slot
+    def _existing_slot(self, body: TrajectoryBody) -> AbstractAsyncContextManager[Slot]:
+        return self._slots.use(body.trajectory_id, acquire=False)
 
-    async def _read(self, message: ReadMessage) -> dict[str, Any]:
-        async with self._existing_slot(message) as slot:
+    async def _read(self, body: ReadBody) -> dict[str, Any]:
+        async with self._existing_slot(body) as slot:
             content = await self._backend.read_artifact(
                 slot,
-                message.path,
-                encoding=message.encoding,
-                max_bytes=message.max_bytes,
-                include_sha256=message.include_sha256,
+                body.path,
+                encoding=body.encoding,
+                max_bytes=body.max_bytes,
+                include_sha256=body.include_sha256,
             )
         return content.to_json()
 
-    async def _list(self, message: ListMessage) -> dict[str, Any]:
-        async with self._existing_slot(message) as slot:
+    async def _list(self, body: ListBody) -> dict[str, Any]:
+        async with self._existing_slot(body) as slot:
             listing = await self._backend.list_artifacts(
-                slot, message.path, recursive=message.recursive, max_entries=message.max_entries
+                slot, body.path, recursive=body.recursive, max_entries=body.max_entries
             )
         return listing.to_json()
 
-    async def _archive(self, message: ArchiveMessage) -> dict[str, Any]:
-        async with self._existing_slot(message) as slot:
+    async def _archive(self, body: ArchiveBody) -> dict[str, Any]:
+        async with self._existing_slot(body) as slot:
             archive = await self._backend.archive_artifacts(
-                slot, message.path, max_bytes=message.max_bytes, max_entries=message.max_entries
+                slot, body.path, max_bytes=body.max_bytes, max_entries=body.max_entries
             )
         return archive.to_json()
 
-    async def _status(self, _: None) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         return {
             "trajectories": len(self._slots),
             "calls": self._calls,
@@ -218,9 +207,9 @@ class ToolExecutorServer:
             "pool": asdict(self._backend.get_stats()),
         }
 
-    async def _health(self, _: None) -> dict[str, Any]:
+    async def _health(self) -> dict[str, Any]:
         if not self._backend.get_stats().sandboxes:
-            raise RefusalError(503, "sandbox_unavailable", "there is no sandbox at the moment")
+            raise RefusalError("there is no sandbox at the moment", 503, "sandbox_unavailable")
         return {"status": "ok"}
 
 
@@ -242,7 +231,7 @@ async def serve(options: ToolExecutorServerOptions) -> None:
             announce(port)
             await stop.wait()
             server.service.closing = True
-            # Whoever still waits for a command is told that its slot is gone.
+            # Calls under way are answered with `slot_lost`.
             await slots.close()
 
 
@@ -250,7 +239,7 @@ def main() -> int:
     """Run until told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", PREFIX, sys.argv[1:], os.environ, ALIASES)))
+        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", sys.argv[1:], os.environ, ALIASES)))
     except (HermesEnvsError, SandboxError) as reason:
         sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
         return 1

@@ -17,36 +17,35 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.services.http_service import HttpService, Route, announce, result_json, stop_signal, unusable_json
+from hermes_envs.services.http_service import Body, HttpService, announce, get, post, result_json, stop_signal, unusable_json
 from hermes_envs.services.options import ServiceOptions
-from hermes_envs.services.variables import Names
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox
-from sandbox_image.protocol import MAX_TIMEOUT_S, Range, Wire
-
-PREFIX = "TOOL_SERVER_"
+from hermes_envs.tools.toolsets import Names
+from sandbox_image.protocol import MAX_TIMEOUT_S
 
 
 class ToolServerServiceOptions(ServiceOptions):
     """Options of the external tool server."""
+
+    model_config = SettingsConfigDict(env_prefix="TOOL_SERVER_")
 
     port: int = Field(9002, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
     tools: Names = Field([], description="What to serve: MODULE:NAME of a list of `ExternalTool`, separated by commas.")
     max_concurrency: int = Field(16, ge=1, description="Most tools that run at once; further calls wait.")
 
 
-@dataclass(frozen=True)
-class ExternalCall(Wire):
+class ExternalCall(Body):
     """Call a tool. `timeout` is in seconds; `trajectory_id` appears in the log."""
 
     tool: str
     args: dict[str, Any]
-    timeout: Annotated[float | None, Range(0, MAX_TIMEOUT_S, above=True)] = None
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
     trajectory_id: str | None = None
 
 
@@ -56,14 +55,14 @@ class ToolServer:
     def __init__(self, toolbox: ExternalToolbox, options: ToolServerServiceOptions) -> None:
         self._toolbox = toolbox
         self._options = options
-        routes: dict[tuple[str, str], Route] = {
-            ("GET", "/tools"): (None, self._list),
-            ("POST", "/execute"): (ExternalCall, self._execute),
-            ("GET", "/health"): (None, self._health),
-        }
+        routes = (
+            get("/tools", self._list),
+            post("/execute", ExternalCall, self._execute),
+            get("/health", self._health),
+        )
         self.service = HttpService(routes, options)
 
-    async def _list(self, _: None) -> dict[str, Any]:
+    async def _list(self) -> dict[str, Any]:
         return {"tools": [definition.schema for definition in self._toolbox.definitions.values()]}
 
     async def _execute(self, call: ExternalCall) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class ToolServer:
             return unusable_json(problem)
         return result_json(await self._toolbox.call(call.tool, call.args, timeout_s, call.trajectory_id))
 
-    async def _health(self, _: None) -> dict[str, Any]:
+    async def _health(self) -> dict[str, Any]:
         return {
             "status": "ok",
             "tools": len(self._toolbox.definitions),
@@ -87,7 +86,7 @@ def load_tools(names: Sequence[str]) -> list[ExternalTool]:
     """Import the tools that `MODULE:NAME` names.
 
     Raises:
-        ConfigError: there is nothing there, or something else.
+        ConfigError: a name cannot be imported or is no list of `ExternalTool`, or there are no tools.
     """
     tools: list[ExternalTool] = []
     for name in names:
@@ -101,7 +100,7 @@ def load_tools(names: Sequence[str]) -> list[ExternalTool]:
             raise ConfigError(f"tools: {name!r} is no list of ExternalTool")
         tools += listed
     if not tools:
-        raise ConfigError(f"tools: there are none to serve; name some with --tools or {PREFIX}TOOLS")
+        raise ConfigError("tools: there are none to serve; name some with --tools or TOOL_SERVER_TOOLS")
     return tools
 
 
@@ -123,7 +122,7 @@ def main() -> int:
     """Run until told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(ToolServerServiceOptions.read(__doc__ or "", PREFIX, sys.argv[1:], os.environ)))
+        asyncio.run(serve(ToolServerServiceOptions.read(__doc__ or "", sys.argv[1:], os.environ)))
     except ConfigError as reason:
         sys.stderr.write(f"error: {reason}\n")
         return 1

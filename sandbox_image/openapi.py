@@ -88,7 +88,7 @@ def document(tools: Mapping[str, type[Wire]]) -> Schema:
         protocol.ExecutionResult,
         *tools.values(),
     }
-    schemas = {message.__name__: _of_message(message) for message in sorted(messages, key=lambda message: message.__name__)}
+    schemas = {message.__name__: schema_of(message) for message in sorted(messages, key=lambda message: message.__name__)}
     schemas["ExecuteRequest"] = _of_calls(schemas["ExecuteRequest"], tools)
     schemas["Failure"]["properties"]["kind"] = {"enum": [kind.value for kind in ErrorKind]}
     return {
@@ -140,7 +140,8 @@ def _of_calls(schema: Schema, tools: Mapping[str, type[Wire]]) -> Schema:
     return {**schema, "oneOf": calls}
 
 
-def _of_message(message: type[Wire]) -> Schema:
+def schema_of(message: type[Wire]) -> Schema:
+    """The JSON schema of a message."""
     annotations = typing.get_type_hints(message, include_extras=True)
     properties: Schema = {}
     required: list[str] = []
@@ -168,7 +169,7 @@ def _of_type(expected: Any) -> Schema:
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_of_type(option) for option in arguments]}
     if origin is Literal:
-        return {"enum": list(arguments)}
+        return {"type": "string", "enum": list(arguments)}
     if origin is list:
         return {"type": "array", "items": _of_type(arguments[0])}
     if origin is dict:

@@ -11,10 +11,9 @@ from sandbox_image.box.blueprint import Isolation
 from sandbox_image.box.defences import BASICS, REMEDIES
 from sandbox_image.box.network import Destination
 from sandbox_image.errors import StartupError
-from sandbox_image.protocol import WORKSPACE_BYTES, WORKSPACE_INODES
+from sandbox_image.protocol import LEAST_MEMORY_BYTES, WORKSPACE_BYTES, WORKSPACE_INODES
 from sandbox_image.storage.storage import StorageOptions
 
-LEAST_MEMORY_BYTES = 64 * 1024**2
 LEAST_PROCESSES = 16
 
 

@@ -33,7 +33,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a client and a server of different versions would misunderstand each other."""
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -51,6 +51,9 @@ MAX_ARTIFACT_ENTRIES = 1_000_000
 WORKSPACE_BYTES = 2 * 1024**3
 WORKSPACE_INODES = 500_000
 """What a slot may write beside what its layer holds, unless the server was told otherwise."""
+LEAST_MEMORY_BYTES = 64 * 1024**2
+"""The least memory limit that a slot can have."""
+MAX_MEMORY_BYTES = 1 << 60
 WORKSPACE = "/workspace"
 """Where a slot's files are, seen from inside of its box."""
 RECORDING_PATH = "/recordings/tmux.cast"
@@ -279,13 +282,15 @@ class ResetRequest(Wire):
 
     The workspace starts with the files of `layer` (a name that `/layers` gave) or empty. `network` lets the box reach the
     network. `for_layer` says that the workspace is going to be frozen: its files then lie where a layer's do and need not be
-    copied; their size and number are not limited.
+    copied; their size and number are not limited. `memory_bytes` lowers the slot's memory limit until the next reset; without
+    it, or where it is higher, the limit is the server's.
     """
 
     slot_id: str
     layer: str | None = None
     network: bool = False
     for_layer: bool = False
+    memory_bytes: Annotated[int | None, Range(LEAST_MEMORY_BYTES, MAX_MEMORY_BYTES)] = None
 
 
 @dataclass(frozen=True)
@@ -311,13 +316,17 @@ class DeleteLayerRequest(Wire):
 
 @dataclass(frozen=True)
 class SlotState(Wire):
-    """A slot as the server sees it."""
+    """A slot as the server sees it.
+
+    `memory_bytes` is what all its processes may use together; None where only each process has a limit.
+    """
 
     slot_id: str
     lease: str
     state: Literal["ready", "busy", "failed"]
     layer: str | None = None
     network: bool = False
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

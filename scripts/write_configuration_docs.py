@@ -12,12 +12,13 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from backends import BackendOptions
-from backends.pooled import PoolOptions
+from backends.options import PoolOptions
 from hermes_envs.env import AgentEnvConfig
 from hermes_envs.gsm8k_agent import Gsm8kAgentConfig
 from hermes_envs.policies import PolicyOptions
 from hermes_envs.rollouts.agent import AgentOptions
 from hermes_envs.runs.evaluation import EvaluationOptions
+from hermes_envs.runs.group_queue import QueueOptions
 from hermes_envs.simple_qa import SimpleQaConfig
 from hermes_envs.smoke import SmokeConfig
 from hermes_envs.swe_smith import SweSmithConfig
@@ -30,8 +31,8 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "The agent": (AgentOptions,),
     "Tools": (ToolOptions, ToolServerOptions),
     "Sandboxes": (PoolOptions, BackendOptions),
-    "Runs": (AgentEnvConfig,),
     "Evaluation": (EvaluationOptions,),
+    "Runs": (QueueOptions, AgentEnvConfig),
     "`swe_smith`": (SweSmithConfig,),
     "`gsm8k_agent`": (Gsm8kAgentConfig,),
     "`simple_qa`": (SimpleQaConfig,),
@@ -42,8 +43,9 @@ HEAD = """\
 
 Every option is a flag, `--env.NAME VALUE`, and a key below `env:` in the YAML file that `--config` names; flags win over the
 file, the file over the defaults. Lists are separated by commas on the command line. Unknown keys are errors. The endpoint is
-configured by `--openai.base_url`, `--openai.model_name`, `--openai.server_type`, `--openai.api_key`, `--openai.timeout` and
-`--openai.tokenizer_name`, or below `openai:`. This page is made from the code by `scripts/write_configuration_docs.py`.
+configured by `--openai.base_url`, `--openai.model_name`, `--openai.server_type`, `--openai.api_key`, `--openai.timeout`,
+`--openai.num_max_requests_at_once` and `--openai.health_check`, or below `openai:`, where a list names several. This page is
+made from the code by `scripts/write_configuration_docs.py`.
 """
 
 
@@ -67,7 +69,7 @@ def page() -> str:
 def row(name: str, field: FieldInfo) -> str:
     """One option as a row of a table."""
     description = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{name}` | {shown(field.get_default(call_default_factory=False))} | {description}{choices(field)} |\n"
+    return f"| `{name}` | {shown(field.get_default(call_default_factory=True))} | {description}{choices(field)} |\n"
 
 
 def shown(default: Any) -> str:

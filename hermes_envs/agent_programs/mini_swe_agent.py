@@ -44,9 +44,8 @@ class SlotEnvironment:
             SandboxError: there is no such backend in this version, or it does not start.
         """
         self.config = SlotEnvironmentConfig.model_validate(options)
-        backend = self.config.model_dump(include=set(BackendOptions.model_fields))
         self._terminal = Terminal(
-            TerminalPool.shared(BackendOptions.model_validate(backend)),
+            TerminalPool.shared(self.config),
             task_id=self.config.task_id,
             cwd=self.config.cwd,
             variables=self.config.env,

@@ -36,7 +36,7 @@ class TerminalPool:
         """
         self._options = options
         self._owner = os.getpid()
-        # A forgotten terminal leaves whenever the garbage collector comes by, in whatever a thread is doing.
+        # Reentrant: the finalizer of a terminal calls `leave` in any thread, which may hold the lock already.
         self._lock = threading.RLock()
         self._users: dict[str, int] = {}
         self._closed = False
@@ -47,13 +47,13 @@ class TerminalPool:
 
     @classmethod
     def shared(cls, options: BackendOptions) -> TerminalPool:
-        """The process' pool with these options, started by whoever asks first and closed when the process exits.
+        """The process' pool with these options of a backend, started by whoever asks first and closed when the process exits.
 
         Raises:
             SandboxError: as for a pool of one's own.
         """
-        # A child that was forked has no part in its parent's threads.
-        key = f"{os.getpid()} {options.model_dump_json()}"
+        # Threads do not survive a fork: a child process needs a pool of its own.
+        key = f"{os.getpid()} {options.model_dump_json(include=set(BackendOptions.model_fields))}"
         with cls._shared_lock:
             pool = cls._shared.get(key)
             if pool is None or pool._closed:
@@ -62,12 +62,12 @@ class TerminalPool:
             return pool
 
     def open(self, task_id: str) -> None:
-        """Take part in a task."""
+        """Count one more user of a task's slot."""
         with self._lock:
             self._users[task_id] = self._users.get(task_id, 0) + 1
 
     def leave(self, task_id: str) -> None:
-        """End one's part in a task; the last one out gives the slot back. Does not wait for that."""
+        """Count one user less; when none is left the slot is given back, in the background."""
         if self._owner != os.getpid():
             return
         with self._lock:
@@ -104,7 +104,7 @@ class TerminalPool:
         except BaseException as reason:
             if self._started.done():
                 raise
-            # It belongs to whoever waits for the start, in another thread.
+            # The thread that waits for the start raises it.
             self._started.set_exception(reason)
 
     async def _serve(self, backend: ToolBackend) -> None:
@@ -122,7 +122,7 @@ class TerminalPool:
             return await self._backend.execute(slot, "bash", arguments, timeout_s=timeout_s)
 
     def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
-        # What is handed over before the end is announced is also begun before it, and ends with an answer.
+        # Under the lock no call is submitted after the end was announced, so that each submitted one is answered.
         with self._lock:
             if self._closed or self._owner != os.getpid():
                 work.close()
@@ -133,5 +133,5 @@ class TerminalPool:
         except concurrent.futures.CancelledError as reason:
             raise SandboxUnavailableError("the terminals were closed") from reason
         finally:
-            # Interrupted while it waited.
+            # The wait may have been interrupted, as by Ctrl-C.
             future.cancel()

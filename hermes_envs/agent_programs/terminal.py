@@ -37,7 +37,7 @@ class Terminal:
         self._variables = dict(variables or {})
         self._timeout_s = timeout_s
         pool.open(self.task_id)
-        # Also when it is forgotten.
+        # Runs when the terminal is garbage-collected as well.
         self._leave = weakref.finalize(self, pool.leave, self.task_id)
 
     def run(self, command: str, cwd: str = "", timeout_s: float | None = None) -> ExecutionResult:

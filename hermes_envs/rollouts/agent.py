@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.errors import EngineError
+from hermes_envs.errors import EngineError, EngineRefusalError
 from hermes_envs.policies.base import ContextFullError, Conversation, Message, Turn
-from hermes_envs.rollouts.trajectory import End, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.rollouts.trajectory import End, Episode, Stopwatch, ToolCounts
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.workspace import Workspace
+
+_LEAST_TOOL_S = 0.1
 
 
 class AgentOptions(BaseModel):
@@ -24,6 +28,15 @@ class AgentOptions(BaseModel):
     agent_tool_delay_s: float = Field(0.0, ge=0, description="Pause before each tool call, for endpoints with rate limits.")
 
 
+@dataclass
+class _Progress:
+    """What an agent has done so far."""
+
+    messages: list[Message]
+    counts: ToolCounts = field(default_factory=ToolCounts)
+    steps: int = 0
+
+
 class Agent:
     """Runs one trajectory with a policy's conversation and the tools of a workspace."""
 
@@ -32,54 +45,90 @@ class Agent:
         self._options = options
 
     async def run(
-        self, prompt: Sequence[Message], conversation: Conversation, workspace: Workspace, stopwatch: Stopwatch
-    ) -> Trajectory:
+        self,
+        prompt: Sequence[Message],
+        conversation: Conversation,
+        workspace: Workspace,
+        stopwatch: Stopwatch,
+        *,
+        deadline: float = math.inf,
+    ) -> Episode:
         """Play until the model stops calling tools or something runs out.
 
+        `deadline` is a time of the event loop. An answer that is not there by then is given up, and a tool ends as it does when
+        its own time is over.
+
         Raises:
-            EngineError: the policy's engine failed, or had no room for a first turn.
+            EngineError: the policy's engine failed, had neither room nor time for a first turn, or the record does not hold.
             SandboxError: the slot failed.
         """
-        transcript: list[Message] = []
-        new_messages = list(prompt)
-        counts, steps = ToolCounts(), 0
-        end: End = "max_steps"
-        while steps < self._options.agent_max_steps:
-            transcript.extend(new_messages)
-            try:
-                with stopwatch.measure("model"):
-                    turn = await conversation.respond(new_messages)
-            except ContextFullError as reason:
-                if not steps:
-                    # The policy has not done anything that it could be judged by.
-                    raise EngineError(f"there is no room for a first turn: {reason}") from reason
-                end = "context"
-                break
-            steps += 1
-            transcript.append(turn.message)
-            if not turn.tool_calls:
-                end = _end_of(turn)
-                break
-            with stopwatch.measure("tools"):
-                new_messages = [await self._observe(call, workspace, counts) for call in turn.tool_calls]
-        else:
-            transcript.extend(new_messages)
-        return Trajectory(
-            trajectory_id=conversation.rollout.rollout_id,
-            messages=transcript,
-            rollout=conversation.rollout,
+        progress = _Progress(list(prompt))
+        end = await self._play(conversation, workspace, stopwatch, progress, deadline)
+        conversation.record.check()
+        return Episode(
+            trajectory_id=conversation.record.trajectory_id,
+            messages=progress.messages,
+            record=conversation.record,
             end=end,
-            steps=steps,
-            tool_counts=counts,
+            steps=progress.steps,
+            tool_counts=progress.counts,
             stopwatch=stopwatch,
         )
 
-    async def _observe(self, call: ToolCall, workspace: Workspace, counts: ToolCounts) -> Message:
+    async def _play(
+        self, conversation: Conversation, workspace: Workspace, stopwatch: Stopwatch, progress: _Progress, deadline: float
+    ) -> End:
+        new_messages = list(progress.messages)
+        while progress.steps < self._options.agent_max_steps:
+            try:
+                with stopwatch.measure("model"):
+                    turn = await _respond(conversation, new_messages, deadline)
+            # Without a first turn the policy has not done anything that it could be judged by.
+            except ContextFullError as reason:
+                if not progress.steps:
+                    raise EngineRefusalError(f"there is no room for a first turn: {reason}") from reason
+                return "context"
+            except _TimeOverError as reason:
+                if not progress.steps:
+                    raise EngineError(f"there is no time for a first turn: {reason}") from reason
+                return "timeout"
+            progress.steps += 1
+            progress.messages.append(turn.message)
+            if not turn.tool_calls:
+                return _end_of(turn)
+            new_messages = []
+            with stopwatch.measure("tools"):
+                for call in turn.tool_calls:
+                    new_messages.append(await self._observe(call, workspace, progress.counts, deadline))
+                    progress.messages.append(new_messages[-1])
+                    if _remaining(deadline) <= 0:
+                        return "timeout"
+        return "max_steps"
+
+    async def _observe(self, call: ToolCall, workspace: Workspace, counts: ToolCounts, deadline: float) -> Message:
         if self._options.agent_tool_delay_s:
             await asyncio.sleep(self._options.agent_tool_delay_s)
-        result = await self._executor.execute(workspace, call)
+        result = await self._executor.execute(workspace, call, timeout_s=max(_remaining(deadline), _LEAST_TOOL_S))
         counts.count(result)
         return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result.content}
+
+
+class _TimeOverError(Exception):
+    """The deadline has passed."""
+
+
+async def _respond(conversation: Conversation, new_messages: Sequence[Message], deadline: float) -> Turn:
+    try:
+        async with asyncio.timeout_at(None if deadline == math.inf else deadline) as limit:
+            return await conversation.respond(new_messages)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise _TimeOverError("the time of the rollout is over") from None
+
+
+def _remaining(deadline: float) -> float:
+    return deadline - asyncio.get_running_loop().time()
 
 
 def _end_of(turn: Turn) -> End:

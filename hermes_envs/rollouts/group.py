@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from hermes_envs.policies.base import Message
+from hermes_envs.policies.base import Message, with_text_arguments
 from hermes_envs.policies.token_record import Segment
 from hermes_envs.rollouts.trajectory import Trajectory
 
@@ -14,13 +14,21 @@ FILLER_TOKENS = 2
 """The least that trainers can shift into inputs and targets."""
 
 
+Blame = Literal["infrastructure", "defect", "task", "unscored"]
+"""Why a rollout has no score: a sandbox, an engine or a tool server failed; the environment's own code did; the task's
+environment cannot be built; the environment does not score what the rollout came to."""
+
+
 @dataclass(frozen=True)
-class InfrastructureFailure:
-    """A rollout that could not be completed for no fault of the policy: it has no reward, not a reward of 0."""
+class FailedRollout:
+    """A rollout without a score, for no fault of the policy: it has no reward, not a reward of 0."""
 
     trajectory_id: str
     reason: str
     attempts: int
+    blame: Blame = "infrastructure"
+    may_pass: bool = True
+    """Whether another try could end better."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,30 @@ class Group:
 
     name: str
     trajectories: tuple[Trajectory, ...]
-    failures: tuple[InfrastructureFailure, ...]
+    failures: tuple[FailedRollout, ...]
+
+    @classmethod
+    def of(cls, name: str, outcomes: Sequence[Trajectory | FailedRollout]) -> Group:
+        """A group of finished rollouts."""
+        return cls(
+            name,
+            tuple(outcome for outcome in outcomes if isinstance(outcome, Trajectory)),
+            tuple(outcome for outcome in outcomes if isinstance(outcome, FailedRollout)),
+        )
+
+    def blamed(self, blame: Blame) -> list[FailedRollout]:
+        """The rollouts that failed for that reason."""
+        return [failure for failure in self.failures if failure.blame == blame]
+
+    @property
+    def may_be_tried_again(self) -> bool:
+        """Whether nothing failed that would only fail again, as a defect does, or a task that cannot be built."""
+        return all(failure.blame == "infrastructure" and failure.may_pass for failure in self.failures)
 
     @property
     def scores(self) -> list[float]:
         """One score for each trajectory."""
-        return [trajectory.score.value for trajectory in self.trajectories if trajectory.score is not None]
+        return [trajectory.score.value for trajectory in self.trajectories]
 
     def items(self) -> list[dict[str, Any]]:
         """atroposlib's `ScoredDataGroup`s, each with one sequence for each trajectory; none if nothing was collected.
@@ -61,11 +87,11 @@ class Group:
 
 def _number_of_segments(trajectory: Trajectory) -> int:
     """A rollout of a policy without tokens counts as one segment without tokens."""
-    return max(1, len(trajectory.rollout.segments))
+    return max(1, len(trajectory.record.segments))
 
 
 def _segment(trajectory: Trajectory, number: int) -> Segment:
-    segments = trajectory.rollout.segments
+    segments = trajectory.record.segments
     if number < len(segments):
         return segments[number]
     filler = Segment()
@@ -82,5 +108,5 @@ def _overrides(trajectory: Trajectory, number: int) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
-    """atroposlib's server takes messages whose content is text."""
-    return [{**message, "content": message.get("content") or ""} for message in messages]
+    """atroposlib's server takes messages whose content is text; a record has the arguments of calls as text, too."""
+    return [{**with_text_arguments(message), "content": message.get("content") or ""} for message in messages]

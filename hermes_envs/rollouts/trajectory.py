@@ -13,8 +13,8 @@ from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolResult
 
 Phase = Literal["setup", "model", "tools", "grading"]
-End = Literal["stop", "length", "max_steps", "context"]
-"""Why a trajectory ended: the model stopped, its last turn was cut off, the steps or the context ran out."""
+End = Literal["stop", "length", "max_steps", "context", "timeout"]
+"""Why an episode ended: the model stopped, its last turn was cut off; the steps, the context or the time ran out."""
 
 
 @dataclass
@@ -62,18 +62,17 @@ class Score:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Trajectory:
-    """One finished rollout: the transcript, the exact tokens if there are any, and what became of it."""
+@dataclass(frozen=True)
+class Episode:
+    """What an agent did, not judged yet: the transcript, the exact tokens if there are any, and why it ended."""
 
     trajectory_id: str
     messages: list[Message]
-    rollout: TokenRecord
+    record: TokenRecord
     end: End
     steps: int
     tool_counts: ToolCounts
     stopwatch: Stopwatch
-    score: Score | None = None
 
     @property
     def final_response(self) -> str:
@@ -83,19 +82,30 @@ class Trajectory:
                 return str(message.get("content") or "")
         return ""
 
+    def scored(self, score: Score) -> Trajectory:
+        """The finished rollout."""
+        return Trajectory(**vars(self), score=score)
+
+
+@dataclass(frozen=True)
+class Trajectory(Episode):
+    """One finished rollout: an episode and its score."""
+
+    score: Score
+
     def metadata(self) -> dict[str, Any]:
         """What the record keeps beside tokens and messages."""
-        score = {"score_reason": self.score.reason, **self.score.details} if self.score else {}
         return {
             "trajectory_id": self.trajectory_id,
             "end": self.end,
             "steps": self.steps,
-            "engine_calls": self.rollout.engine_calls,
+            "engine_calls": self.record.engine_calls,
             "tool_calls_attempted": self.tool_counts.attempted,
             "tool_calls_schema_valid": self.tool_counts.schema_valid,
             "tool_calls_executed_ok": self.tool_counts.executed_ok,
             "tool_calls_exec_error": self.tool_counts.exec_error,
             "tool_errors": self.tool_counts.errors,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.stopwatch.seconds.items()},
-            **score,
+            "score_reason": self.score.reason,
+            **self.score.details,
         }

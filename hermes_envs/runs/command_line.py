@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
@@ -9,46 +10,68 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_cli import run_and_exit
 from pydantic_cli.argparse import FailedExecutionException
 
+from backends import BackendOptions, options_with
 from backends.errors import SandboxError
 from hermes_envs.errors import ConfigError, HermesEnvsError
 from hermes_envs.runs.atropos import allow_local_endpoints, hide_api_keys
+from hermes_envs.runs.config_file import CONFIG_VARIABLE, check_keys, config_file, read_sections
 
-_PACKAGE = Path(__file__).parent.parent
-_SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
-CONFIG_VARIABLE = "TINKER_CONFIG"
-"""Names the file that a trainer and its environments share."""
 _FOREIGN_OPENAI_KEYS = frozenset({"weight"})
 """What a Tinker trainer reads from the same file."""
 
+Options = TypeVar("Options", bound=BackendOptions)
 
-def run(commands: Mapping[str, Callable[[], type]], options: type[BaseModel], description: str) -> None:
+
+def run(commands: Mapping[str, Callable[[type[Options]], type]], options: type[Options], description: str) -> None:
     """Run one of atroposlib's commands and exit with its status: 1 for an error, 2 for a wrong flag.
 
-    `commands` makes the model of each command's flags; `options` is what may stand below `env:` in a file.
+    `options` is what may stand below `env:` in a file, beside the options of the backend that is chosen; from all of these
+    `commands` makes the model of each command's flags.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Its modules set themselves to DEBUG, and say of each group what our own account says.
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
     hide_api_keys()
     allow_local_endpoints()
+    _require_command(sys.argv[1:], list(commands))
     arguments = _add_config(_attach_negative_numbers(sys.argv[1:]), os.environ.get(CONFIG_VARIABLE, ""))
     sys.argv[1:] = _locate_config(arguments)
     try:
-        _check_config_file(options, sys.argv[1:])
-        flags = {name: make() for name, make in commands.items()}
+        path, sections = _read_config_file(sys.argv[1:])
+        options = options_with(options, _chosen_backend(options, sys.argv[1:], sections))
+        _check_config_file(path, sections, options)
+        flags = {name: make(options) for name, make in commands.items()}
         run_and_exit(flags, description=description, exception_handler=_explain)
-    except ConfigError as reason:
+    except (ConfigError, SandboxError) as reason:
         sys.exit(_explain(reason))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("interrupted")
+
+
+def set_log_level(level: str) -> None:
+    """Log this package and the backends from that level on."""
+    for name in ("hermes_envs", "backends"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def _require_command(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """Exit with a line of usage where atroposlib would end in a traceback."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "-v", "--version")):
+        sys.stderr.write(f"usage: {_program()} {{{','.join(commands)}}} [--config FILE] [--env.OPTION VALUE ...]\n")
+        sys.stderr.write("error: no command is given; --help says more\n")
+        sys.exit(2)
+
+
+def _program() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main is not None else Path(sys.argv[0]).name
 
 
 def _explain(reason: BaseException) -> int:
@@ -89,28 +112,37 @@ def _add_config(arguments: Sequence[str], config: str) -> list[str]:
     return list(arguments)
 
 
-def _check_config_file(options: type[BaseModel], arguments: Sequence[str]) -> None:
-    """Reject what atroposlib would ignore or answer with a traceback.
+def _read_config_file(arguments: Sequence[str]) -> tuple[Path, Mapping[str, Any]]:
+    """The file that `--config` names and its sections; without a file there are none.
 
     Raises:
-        ConfigError: the file cannot be read, or names a key that does not exist.
+        ConfigError: the file cannot be read, or has other sections.
     """
     if "--config" not in arguments[:-1]:
-        return
+        return Path(), {}
     path = Path(arguments[arguments.index("--config") + 1])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
-    except (UnicodeDecodeError, yaml.YAMLError) as reason:
-        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config: {path}: expected sections {', '.join(_SECTIONS)}")
-    _check_keys(path, "", content, _SECTIONS)
-    _check_keys(path, "env.", content.get("env") or {}, options.model_fields)
-    servers = content.get("openai") or []
+    return path, read_sections(path)
+
+
+def _chosen_backend(options: type[BackendOptions], arguments: Sequence[str], sections: Mapping[str, Any]) -> str:
+    """What `tool_pool_mode` is going to be; asked before the flags are parsed, since the backend may have flags of its own."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--env.tool_pool_mode", dest="mode", nargs="?")
+    env = sections.get("env")
+    given = flags.parse_known_args(arguments)[0].mode or (env.get("tool_pool_mode") if isinstance(env, Mapping) else None)
+    return str(given or options.model_fields["tool_pool_mode"].default)
+
+
+def _check_config_file(path: Path, sections: Mapping[str, Any], options: type[BackendOptions]) -> None:
+    """Reject keys that atroposlib would ignore or answer with a traceback.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    check_keys(path, "env", sections.get("env") or {}, options.model_fields)
+    servers = sections.get("openai") or []
     for server in [servers] if isinstance(servers, Mapping) else servers:
-        _check_keys(path, "openai.", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
+        check_keys(path, "openai", server, {*APIServerConfig.model_fields, *_FOREIGN_OPENAI_KEYS})
 
 
 def _locate_config(arguments: Sequence[str]) -> list[str]:
@@ -121,21 +153,3 @@ def _locate_config(arguments: Sequence[str]) -> list[str]:
         position = located.index("--config") + 1
         located[position] = str(config_file(located[position]))
     return located
-
-
-def config_file(name: str) -> Path:
-    """The named file, or one that ships with the package where there is no such file in the working directory."""
-    # In a wheel they are inside of the package, in a checkout beside it.
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-        shipped = folder / Path(name).name
-        if not Path(name).exists() and shipped.is_file():
-            return shipped
-    return Path(name)
-
-
-def _check_keys(path: Path, prefix: str, section: Any, known: Any) -> None:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config: {path}: {prefix.rstrip('.') or 'the file'} is not a mapping")
-    for key in section:
-        if key not in known:
-            raise ConfigError(f"config: {path}: unknown key {prefix}{key}")

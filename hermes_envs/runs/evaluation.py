@@ -9,19 +9,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import wandb
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from hermes_envs.errors import NothingCollectedError
-from hermes_envs.rollouts.group import Group, InfrastructureFailure
-from hermes_envs.runs.group_queue import GroupQueue
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.rollouts.group import Group
+from hermes_envs.runs.collection import CollectedEnvironment, collect
+from hermes_envs.runs.summary import Summary
 
-if TYPE_CHECKING:
-    from hermes_envs.env import AgentEnv
+
+class EvaluatedEnvironment(CollectedEnvironment, Protocol):
+    """What an evaluation asks of an environment beside that."""
+
+    name: str | None
+    curr_step: int
+    """The trainer's step, 0 without a trainer."""
+    wandb_prepend: str | None
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that are asked."""
+
+    @property
+    def config(self) -> Any:
+        """All of its options."""
 
 
 class EvaluationOptions(BaseModel):
@@ -83,7 +96,7 @@ class Evaluation(Summary):
         return table
 
 
-async def evaluate(env: AgentEnv, items: Sequence[Any], options: EvaluationOptions) -> Evaluation:
+async def evaluate(env: EvaluatedEnvironment, items: Sequence[Any], options: EvaluationOptions) -> Evaluation:
     """Roll items out beside whatever else the environment does, print the account and keep a record.
 
     The environment must be `running`. What a trainer gets is not touched: neither the environment's own account nor its place
@@ -100,40 +113,25 @@ async def evaluate(env: AgentEnv, items: Sequence[Any], options: EvaluationOptio
     async def next_item() -> Any:
         return next(pending, None)
 
-    async def collect(item: Any) -> Group:
-        return await env.collect_group(item, size)
-
-    def lost(item: Any, reason: str) -> Group:
-        name = env.item_name(item)
-        return Group(name, (), tuple(InfrastructureFailure(f"{name}-{index}", reason, 1) for index in range(size)))
-
     async def save(item: Any, group: Group) -> None:
         await record.add_item(group)
 
-    reporter = Reporter(f"{env.name} evaluation")
-    reporter.expect(len(items))
-    queue = GroupQueue(
-        next_item=next_item,
-        collect=collect,
-        lost=lost,
+    await collect(
+        env,
+        next_item,
+        groups=len(items),
+        expected=len(items),
+        size=size,
+        summary=evaluation,
+        title=f"{env.name} evaluation",
         save=save,
-        reporter=reporter,
-        concurrency=env.config.max_concurrent_groups,
-        attempts=env.config.group_attempts,
     )
-    try:
-        with reporter:
-            await queue.run(len(items), evaluation)
-    finally:
-        reporter.conclude(evaluation)
-    if not evaluation.trajectories:
-        raise NothingCollectedError("no trajectory was collected")
     await record.conclude(evaluation)
     _log(env, evaluation)
     return evaluation
 
 
-def _log(env: AgentEnv, evaluation: Evaluation) -> None:
+def _log(env: EvaluatedEnvironment, evaluation: Evaluation) -> None:
     """Beside `wandb_log`, which would report and forget what training has gathered since its last report."""
     if env.config.use_wandb and wandb.run is not None:
         prefix = f"{env.wandb_prepend}_" if env.wandb_prepend else ""
@@ -143,7 +141,7 @@ def _log(env: AgentEnv, evaluation: Evaluation) -> None:
 class _Record:
     """Appends to `items.jsonl` as each item ends, and to `evaluations.jsonl` at the end; earlier evaluations stay."""
 
-    def __init__(self, env: AgentEnv) -> None:
+    def __init__(self, env: EvaluatedEnvironment) -> None:
         folder = env.config.data_dir_to_save_evals
         self._folder = Path(folder) if folder else None
         self._started = time.time()
@@ -153,7 +151,7 @@ class _Record:
         self._facts = {
             "step": env.curr_step,
             "policy": env.config.policy,
-            "models": [server.config.model_name for server in env.server.servers],
+            "models": env.models,
             "temperature": env.config.agent_temperature,
         }
 
@@ -162,22 +160,25 @@ class _Record:
         rollouts = [
             {
                 "trajectory_id": trajectory.trajectory_id,
-                "score": trajectory.score.value if trajectory.score else None,
-                "reason": trajectory.score.reason if trajectory.score else None,
+                "score": trajectory.score.value,
+                "reason": trajectory.score.reason,
                 "end": trajectory.end,
                 "steps": trajectory.steps,
                 "final_response": trajectory.final_response,
             }
             for trajectory in group.trajectories
         ]
-        errors = {failure.trajectory_id: failure.reason for failure in group.failures}
-        await self._append("items.jsonl", {"item": group.name, "rollouts": rollouts, "infrastructure_errors": errors})
+        errors = {failure.trajectory_id: failure.reason for failure in group.failures if failure.blame != "defect"}
+        defects = {failure.trajectory_id: failure.reason for failure in group.blamed("defect")}
+        facts = {"item": group.name, "rollouts": rollouts, "infrastructure_errors": errors, "defects": defects}
+        await self._append("items.jsonl", facts)
 
     async def conclude(self, evaluation: Evaluation) -> None:
         """Write down the figures."""
         seconds = round(time.time() - self._started, 3)
         metrics = {name.removeprefix("eval/"): value for name, value in evaluation.metrics().items()}
-        facts = {**self._facts, "seconds": seconds, "metrics": metrics, "infrastructure_errors": evaluation.failure_reasons}
+        failures = {"infrastructure_errors": evaluation.failure_reasons, "defects": evaluation.defects}
+        facts = {**self._facts, "seconds": seconds, "metrics": metrics, **failures}
         await self._append("evaluations.jsonl", facts)
 
     async def _append(self, name: str, facts: dict[str, Any]) -> None:

@@ -8,34 +8,56 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from hermes_envs.errors import NothingCollectedError
-from hermes_envs.rollouts.group import Group
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.rollouts.group import FailedRollout, Group
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.runs.summary import Summary
+
+Next = Callable[[], Awaitable[Any]]
+"""Gives the next item, None when there are no more."""
+Save = Callable[[Any, Group], Awaitable[None]]
+"""Keeps what was collected for an item."""
+
+
+class QueueOptions(BaseModel):
+    """How many groups are rolled out at once, and how often one is tried."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_concurrent_groups: int = Field(4, ge=1, description="Groups that `process` rolls out at once.")
+    group_attempts: int = Field(2, ge=1, description="Times that a group is tried when none of its rollouts completes.")
 
 
 @dataclass
 class GroupQueue:
-    """Runs groups concurrently, and again when one ends without a trajectory.
+    """Runs groups of `size` rollouts concurrently, and again when one ends without a trajectory.
 
-    `next_item` gives None when there is nothing more; `collect` rolls a group out; `lost` accounts for one whose task was
-    cancelled from elsewhere; `save` keeps a group that has trajectories.
+    `roll_out` takes an item and a size; `item_name` names the group of an item whose task somebody else cancelled; `save` gets
+    each group that has trajectories.
     """
 
-    next_item: Callable[[], Awaitable[Any]]
-    collect: Callable[[Any], Awaitable[Group]]
-    lost: Callable[[Any, str], Group]
-    save: Callable[[Any, Group], Awaitable[None]]
+    next_item: Next
+    roll_out: Callable[[Any, int], Awaitable[Group]]
+    item_name: Callable[[Any], str]
+    save: Save
     reporter: Reporter
-    concurrency: int
-    attempts: int
+    size: int
+    options: QueueOptions
 
     async def run(self, groups: int, summary: Summary) -> None:
-        """Collect up to `groups` groups into `summary`. Cancelling it cancels every group and waits for each."""
+        """Collect up to `groups` groups into `summary`. Cancelling it cancels every group and waits for each.
+
+        Raises:
+            NothingCollectedError: all of the first groups failed.
+            EnvironmentDefectError: all of the first groups had rollouts that ended by a defect of the environment's code.
+        """
         running: dict[asyncio.Task[Group], _Attempt] = {}
         started, exhausted = 0, False
         try:
             while True:
-                while not exhausted and started < groups and len(running) < self.concurrency:
+                while not exhausted and started < groups and len(running) < self.options.max_concurrent_groups:
                     item = await self.next_item()
                     exhausted = item is None
                     if not exhausted:
@@ -52,29 +74,33 @@ class GroupQueue:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _start(self, running: dict[asyncio.Task[Group], _Attempt], attempt: _Attempt) -> None:
-        running[asyncio.create_task(self._collect(attempt.item), name="group")] = attempt
+        running[asyncio.create_task(self._roll_out(attempt.item), name="group")] = attempt
 
-    async def _collect(self, item: Any) -> Group:
-        return await self.collect(item)
+    async def _roll_out(self, item: Any) -> Group:
+        return await self.roll_out(item, self.size)
 
     async def _finish(self, task: asyncio.Task[Group], running: dict[asyncio.Task[Group], _Attempt], summary: Summary) -> None:
         attempt = running.pop(task)
-        group = self.lost(attempt.item, "its task was cancelled") if task.cancelled() else task.result()
-        # A task that was set aside would only be set aside again.
-        is_final = bool(group.trajectories) or group.name in summary.set_aside
-        if not is_final and attempt.number < self.attempts:
+        group = self._cancelled_group(attempt.item) if task.cancelled() else task.result()
+        if not group.trajectories and group.may_be_tried_again and attempt.number < self.options.group_attempts:
             self._start(running, _Attempt(attempt.item, attempt.number + 1, attempt.started))
             return
         summary.add(group)
         if group.trajectories:
             await self.save(attempt.item, group)
         self.reporter.finished(group, time.perf_counter() - attempt.started)
-        self._give_up_if_hopeless(summary)
+        first_groups = max(3, self.options.max_concurrent_groups)
+        summary.give_up_on_defects(first_groups)
+        self._give_up_if_hopeless(summary, first_groups)
 
-    def _give_up_if_hopeless(self, summary: Summary) -> None:
+    def _cancelled_group(self, item: Any) -> Group:
+        name = self.item_name(item)
+        return Group.of(name, [FailedRollout(f"{name}-{index}", "its task was cancelled", 1) for index in range(self.size)])
+
+    def _give_up_if_hopeless(self, summary: Summary, first_groups: int) -> None:
         """An engine that is not there fails every group alike: the whole task set would only say it again."""
         failed = summary.failed_groups - len(summary.set_aside)
-        if summary.groups == 0 and failed >= max(3, self.concurrency):
+        if summary.groups == 0 and failed >= first_groups:
             last_reason = next(reversed(summary.failure_reasons.values()))
             raise NothingCollectedError(f"all of the first {failed} groups failed; the last because of {last_reason}")
 

@@ -1,1 +1,1 @@
-"""What the HTTP services have in common."""
+"""What the HTTP services have in common, and options from variables."""

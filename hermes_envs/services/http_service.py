@@ -1,4 +1,4 @@
-"""JSON over HTTP: who may ask, what a request must look like, and how it is refused.
+"""JSON over HTTP: authorization, validation of requests, and the status of those that fail.
 
 A request that cannot be served is answered with a status that says whose fault it is and `{"kind", "error"}`, as a slot server
 does. A tool that fails is not such a request: it is a result.
@@ -11,11 +11,14 @@ import hmac
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from backends.codec import RefusedError
 from backends.errors import (
@@ -31,13 +34,11 @@ from backends.errors import (
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.services.trajectory_slots import UnknownTrajectoryError
-from sandbox_image.protocol import ExecutionResult, ProtocolError, Wire
+from sandbox_image.protocol import ExecutionResult
 
 _STOPPING_S = 1.0
-"""How long requests under way may go on; aiohttp waits for it twice."""
-_JSON_HEADERS = {"Content-Type": "application/json"}
+"""How long requests under way may take to end; aiohttp waits for it twice."""
 _FAILURES: tuple[tuple[type[Exception], int, str], ...] = (
-    (ProtocolError, 400, "bad_request"),
     (RefusedError, 400, "bad_request"),
     (UnknownTrajectoryError, 404, "not_found"),
     (ArtifactForbiddenError, 403, "outside_workspace"),
@@ -52,44 +53,65 @@ _FAILURES: tuple[tuple[type[Exception], int, str], ...] = (
 )
 """The first that fits says how an exception is answered."""
 
-Handler = Callable[[Any], Awaitable[dict[str, Any]]]
-Route = tuple[type[Wire] | None, Handler]
-"""What the body must be, if there has to be one, and who answers."""
+_SHOWN_PROBLEMS = 5
+
+
+class Body(BaseModel):
+    """What a request must look like: a JSON object with these fields, of exactly these types, and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 class RefusalError(Exception):
     """A request that is not served; `status` is of HTTP."""
 
-    def __init__(self, status: int, kind: str, reason: str) -> None:
+    def __init__(self, reason: str, status: int = 400, kind: str = "bad_request") -> None:
         super().__init__(reason)
         self.status = status
         self.kind = kind
 
 
-class HttpService:
-    """Serves a few fixed routes; while it listens, `closing` refuses everything."""
+def get(path: str, answer: Callable[[], Awaitable[Any]]) -> web.RouteDef:
+    """A route that is asked without a body; what `answer` returns is sent as JSON."""
 
-    def __init__(self, routes: Mapping[tuple[str, str], Route], options: ServiceOptions) -> None:
-        self._routes = routes
+    async def handle(_: web.Request) -> web.Response:
+        return _json(await answer())
+
+    return web.get(path, handle, allow_head=False)
+
+
+def post(path: str, kind: type[AnyBody], answer: Callable[[AnyBody], Awaitable[Any]]) -> web.RouteDef:
+    """A route that gets a body of some kind; what `answer` returns is sent as JSON."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return _json(await answer(await _read(request, kind)))
+
+    return web.post(path, handle)
+
+
+class HttpService:
+    """Serves routes to whoever has the token. While `closing` is set, every request is refused."""
+
+    def __init__(self, routes: Iterable[web.RouteDef], options: ServiceOptions) -> None:
         self._options = options
         token = options.token
         self._authorization = None if token is None else f"Bearer {token.get_secret_value()}".encode()
+        self._application = web.Application(middlewares=[self._answer], client_max_size=options.max_request_bytes)
+        self._application.add_routes(routes)
         self.closing = False
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
-        """Serve for the length of the block, which gets the port; then give those who still wait a moment.
+        """Serve for the length of the block, which gets the port; then give requests under way a moment to end.
 
         Raises:
             ConfigError: the address cannot be had.
         """
-        options, loop = self._options, asyncio.get_running_loop()
-
-        def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=options.max_request_bytes)
-
-        server = web.Server(self._answer, request_factory=request, access_log=None)
-        runner = web.ServerRunner(server, shutdown_timeout=_STOPPING_S)
+        options = self._options
+        runner = web.AppRunner(self._application, access_log=None, shutdown_timeout=_STOPPING_S)
         await runner.setup()
         try:
             try:
@@ -100,50 +122,50 @@ class HttpService:
         finally:
             await runner.cleanup()
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            return _json(await self._serve(request), 200)
+            self._admit(request)
+            return await handler(request)
         except RefusalError as refusal:
-            return _refuse(refusal.status, refusal.kind, str(refusal))
+            return _refuse(refusal.status, refusal.kind, refusal)
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+            return _refuse(404, "not_found", f"no route {request.method} {request.path}")
         except tuple(kind for kind, _, _ in _FAILURES) as reason:
-            status, kind = next((status, kind) for type_, status, kind in _FAILURES if isinstance(reason, type_))
-            return _refuse(status, kind, str(reason))
+            return next(_refuse(status, kind, reason) for type_, status, kind in _FAILURES if isinstance(reason, type_))
 
-    async def _serve(self, request: web.BaseRequest) -> dict[str, Any]:
-        self._authorize(request)
-        if self.closing:
-            raise RefusalError(503, "shutting_down", "the server is about to end")
-        if (request.method, request.path) not in self._routes:
-            raise RefusalError(404, "not_found", f"no route {request.method} {request.path}")
-        kind, handle = self._routes[request.method, request.path]
-        if kind is None:
-            return await handle(None)
-        message = kind.from_json(await self._body(request))
-        message.check()
-        return await handle(message)
-
-    def _authorize(self, request: web.BaseRequest) -> None:
+    def _admit(self, request: web.Request) -> None:
         if "Origin" in request.headers:
-            # A page that somebody on this machine looks at may send requests to any port of it.
-            raise RefusalError(400, "bad_request", "the header 'Origin' says that a web page asks; none may")
-        if self._authorization is None:
-            return
+            # A page in a browser on this machine may send requests to any port of it.
+            raise RefusalError("the header 'Origin' says that a web page asks; none may")
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(given, self._authorization):
-            raise RefusalError(401, "unauthorized", "the header 'Authorization: Bearer TOKEN' is missing or wrong")
+        if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
+            raise RefusalError("the header 'Authorization: Bearer TOKEN' is missing or wrong", 401, "unauthorized")
+        if self.closing:
+            raise RefusalError("the server is about to end", 503, "shutting_down")
 
-    async def _body(self, request: web.BaseRequest) -> object:
-        try:
-            return json.loads((await request.read()).decode(), parse_constant=_refuse_constant)
-        except web.HTTPRequestEntityTooLarge as reason:
-            limit = self._options.max_request_bytes
-            raise RefusalError(413, "too_large", f"the request has more than {limit} bytes") from reason
-        except (ValueError, RecursionError) as reason:
-            raise RefusalError(400, "bad_request", f"the request is not JSON: {reason}") from reason
+
+async def _read(request: web.Request, kind: type[AnyBody]) -> AnyBody:
+    try:
+        payload = json.loads((await request.read()).decode(), parse_constant=_refuse_constant)
+    except web.HTTPRequestEntityTooLarge as reason:
+        raise RefusalError(f"the request has more than {request.client_max_size} bytes", 413, "too_large") from reason
+    except (ValueError, RecursionError) as reason:
+        raise RefusalError(f"the request is not JSON: {reason}") from reason
+    if not isinstance(payload, dict):
+        raise RefusalError(f"expected a JSON object, got {type(payload).__name__}")
+    try:
+        return kind.model_validate(payload)
+    except ValidationError as reason:
+        raise RefusalError("; ".join(map(_problem, reason.errors()[:_SHOWN_PROBLEMS]))) from reason
+
+
+def _problem(error: ErrorDetails) -> str:
+    return f"field {'.'.join(map(str, error['loc']))!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def stop_signal() -> asyncio.Event:
-    """What SIGTERM and SIGINT set from now on."""
+    """An event that SIGTERM and SIGINT set."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -151,7 +173,7 @@ def stop_signal() -> asyncio.Event:
 
 
 def announce(port: int) -> None:
-    """Say on standard output that requests are served from now on."""
+    """Write to standard output that requests are served."""
     sys.stdout.write(json.dumps({"ready": True, "port": port}) + "\n")
     sys.stdout.flush()
 
@@ -170,9 +192,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _refuse(status: int, kind: str, reason: str) -> web.Response:
-    return _json({"kind": kind, "error": reason}, status)
+def _refuse(status: int, kind: str, reason: object) -> web.Response:
+    return _json({"kind": kind, "error": str(reason)}, status)
 
 
-def _json(payload: object, status: int) -> web.Response:
-    return web.Response(body=json.dumps(payload).encode(), status=status, headers=_JSON_HEADERS)
+def _json(payload: object, status: int = 200) -> web.Response:
+    return web.Response(body=json.dumps(payload).encode(), status=status, content_type="application/json")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import CliSettingsSource, SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.services.variables import read_options
+from hermes_envs.services.variables import VariableOptions
 
 
-class ServiceOptions(BaseModel):
+class ServiceOptions(VariableOptions):
     """Where a service listens, and who may use it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True)
 
     host: str = Field("127.0.0.1", description="Address to listen at; any but this machine's own needs a token.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen at; 0 for a free one.")
@@ -33,32 +35,32 @@ class ServiceOptions(BaseModel):
     def read(
         cls,
         description: str,
-        prefix: str,
         arguments: Sequence[str],
         variables: Mapping[str, str],
-        aliases: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> Self:
-        """The options that a process was started with; ends it with status 2 if a flag makes no sense.
+        """The options that a process was started with: a flag, `--some-option`, wins over the option's variable.
 
-        `--some-option` comes before `PREFIX_SOME_OPTION`; secrets have no flag, since everybody can see those. `aliases` are
-        further names of variables, without the prefix.
+        Ends the process with status 2 if there is no such flag. Secrets have none: everybody on the machine sees flags.
 
         Raises:
             ConfigError: a value is wrong, or a variable has the prefix and a name that means nothing.
         """
-        known = {name.upper(): name for name in cls.model_fields} | dict(aliases or {})
-        fields = {f"{prefix}{name}": field for name, field in known.items()}
+        prefix = cls.model_config["env_prefix"]
+        known = sorted({f"{prefix}{name.upper()}" for name in cls.model_fields} | aliases.keys())
         for variable in variables:
-            if variable.startswith(prefix) and variable not in fields:
-                raise ConfigError(f"{variable}: there is no such option; known: {', '.join(sorted(fields))}")
-        parser = argparse.ArgumentParser(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            if variable.startswith(prefix) and variable not in known:
+                raise ConfigError(f"{variable}: there is no such option; known: {', '.join(known)}")
+        parser = ArgumentParser(description=description, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+        flags = CliSettingsSource[ArgumentParser](
+            cls, root_parser=parser, cli_parse_args=[*arguments], add_argument_method=_add_flag
         )
-        for name, field in cls.model_fields.items():
-            if field.annotation not in (SecretStr, SecretStr | None):
-                parser.add_argument(f"--{name.replace('_', '-')}", help=(field.description or "").replace("%", "%%"))
-        flags: dict[str, Any] = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-        return read_options(cls, fields, variables, **flags)
+        return cls.from_variables(variables, aliases, **flags())
+
+
+def _add_flag(parser: ArgumentParser, *names: str, **details: Any) -> None:
+    if SecretStr.__name__ not in str(details.get("metavar")):
+        parser.add_argument(*names, **details)
 
 
 def _is_loopback(host: str) -> bool:

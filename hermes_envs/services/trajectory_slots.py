@@ -1,4 +1,4 @@
-"""A slot for each trajectory, for callers who name trajectories instead of holding slots."""
+"""A slot for each trajectory, for callers that know trajectories by name and hold no slots."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from backends.teardown import finish
 
 
 class UnknownTrajectoryError(Exception):
-    """The trajectory has no slot, and this use of it does not get it one."""
+    """The trajectory has no slot, and the request does not acquire one."""
 
 
 @dataclass(eq=False)
 class _Holding:
-    """A trajectory's slot, or the wait for it; `uses` is how many use or await it now."""
+    """A trajectory's slot, or its acquisition under way; `uses` counts who uses it or waits for it."""
 
     acquisition: asyncio.Task[Slot]
     uses: int = 0
@@ -29,7 +29,7 @@ class TrajectorySlots:
     """Gets a trajectory its slot when it is first used, and gives the slot back on request or when it was idle for too long."""
 
     def __init__(self, backend: ToolBackend, idle_timeout_s: float | None = None) -> None:
-        """`idle_timeout_s` is how long a slot may go unused; None for ever."""
+        """`idle_timeout_s` is how long a slot may be unused before it is released; None: it never is."""
         self._backend = backend
         self._idle_timeout_s = idle_timeout_s
         self._holdings: dict[str, _Holding] = {}
@@ -40,11 +40,11 @@ class TrajectorySlots:
 
     @asynccontextmanager
     async def use(self, trajectory_id: str, *, acquire: bool = True) -> AsyncIterator[Slot]:
-        """The trajectory's slot, which is not idle for the length of the block. Several may use it at once.
+        """The trajectory's slot, which does not count as idle inside of the block. Uses may overlap.
 
         Raises:
             UnknownTrajectoryError: it has none, and `acquire` is false.
-            SlotLostError: it was released while it was awaited; or the block raised this, and the next use gets a fresh slot.
+            SlotLostError: it was released during the wait; or the block raised it, and the next use acquires a new slot.
             SandboxError: as `ToolBackend.acquire`.
         """
         holding = self._holdings.get(trajectory_id)
@@ -65,7 +65,7 @@ class TrajectorySlots:
             self._expect_idleness(trajectory_id, holding)
 
     async def release(self, trajectory_id: str, *, reset_workspace: bool = True) -> bool:
-        """Give the trajectory's slot back, whoever uses it; False if there is none."""
+        """Give the trajectory's slot back even if it is in use; False if there is none."""
         holding = self._holdings.get(trajectory_id)
         if holding is None:
             return False
@@ -92,7 +92,7 @@ class TrajectorySlots:
 
     @staticmethod
     async def _slot(trajectory_id: str, holding: _Holding) -> Slot:
-        # Whoever began the wait may give up; the others go on waiting.
+        # The acquisition is a task of its own: cancelling one waiter leaves the others waiting.
         await asyncio.wait([holding.acquisition])
         if holding.acquisition.cancelled():
             raise SlotLostError(f"trajectory {trajectory_id!r} was released")

@@ -1,43 +1,52 @@
-"""Options from text: names in a list, and environment variables, which are given, so that one place reads the process' own."""
+"""Options from environment variables, which are passed in: a program's `main` is the one place that reads its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from types import MappingProxyType
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
 
-Options = TypeVar("Options", bound=BaseModel)
 
+class VariableOptions(BaseSettings):
+    """Options of which each has a variable: its name in capitals, after the `env_prefix` of the class' `model_config`."""
 
-def _split_at_commas(value: object) -> object:
-    parts = [value] if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    return value
+    model_config = SettingsConfigDict(extra="forbid", enable_decoding=False)
 
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The constructor's arguments alone: nothing is read from the process' environment behind its back."""
+        return (init_settings,)
 
-Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
-"""A list in YAML, or names separated by commas on the command line and in a variable."""
+    @classmethod
+    def from_variables(
+        cls, variables: Mapping[str, str], aliases: Mapping[str, str] = MappingProxyType({}), **overrides: Any
+    ) -> Self:
+        """The options that `variables` set, where `overrides` do not; an empty variable counts as not set.
 
+        `aliases` maps further variables to those that they stand for, over which they win.
 
-def read_options(kind: type[Options], fields: Mapping[str, str], given: Mapping[str, str], **values: str) -> Options:
-    """Options of a kind: `fields` names the field that each variable sets, `given` has the variables, `values` come on top.
-
-    A variable that is empty counts as not set.
-
-    Raises:
-        ConfigError: a value is not what its field takes, or there is no such field; the message names the variable.
-    """
-    variables = {field: variable for variable, field in fields.items() if given.get(variable)}
-    try:
-        return kind.model_validate({field: given[variable] for field, variable in variables.items()} | values)
-    except ValidationError as reason:
-        error = reason.errors()[0]
-        if not error["loc"]:
-            raise ConfigError(error["msg"].removeprefix("Value error, ")) from reason
-        field = str(error["loc"][0])
-        problem = "there is no such option in this version" if error["type"] == "extra_forbidden" else error["msg"]
-        raise ConfigError(f"{variables.get(field, field)}: {problem}") from reason
+        Raises:
+            ConfigError: a value is not what its option takes; the message names the variable, or else the option.
+        """
+        given = {variable: value for variable, value in variables.items() if value}
+        names = {variable.lower(): variable for variable in given}
+        names |= {variable.lower(): alias for alias, variable in aliases.items() if alias in given}
+        source = EnvSettingsSource(cls)
+        source.env_vars = {name: given[variable] for name, variable in names.items()}
+        try:
+            return cls(**source() | overrides)
+        except ValidationError as reason:
+            error = reason.errors()[0]
+            message = error["msg"].removeprefix("Value error, ")
+            if not error["loc"]:
+                raise ConfigError(message) from reason
+            option = str(error["loc"][0])
+            variable = names.get(f"{source.env_prefix}{option}".lower())
+            raise ConfigError(f"{variable if variable and option not in overrides else option}: {message}") from reason

@@ -6,13 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hermes_envs.serving.data_order import DataOrder, Ticket, checkpoint_path
-from hermes_envs.serving.rollout_api import EnvironmentStatus
-
-if TYPE_CHECKING:
-    from hermes_envs.env import AgentEnv
+from hermes_envs.serving.environment import ServedEnvironment
+from hermes_envs.serving.rollout_api import EnvironmentStatus, Registration
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +18,12 @@ logger = logging.getLogger(__name__)
 class Schedule:
     """Evaluates every `steps_per_eval` steps, saves the order of the items as often as the trainer saves, and logs metrics."""
 
-    def __init__(self, env: AgentEnv, order: DataOrder) -> None:
+    def __init__(self, env: ServedEnvironment, order: DataOrder) -> None:
         self._env = env
         self._order = order
+        self.registration: Registration | None = None
+        self.items_sent = 0
+        """Since metrics were last logged."""
         self._evaluation: asyncio.Task[None] | None = None
 
     @property
@@ -38,10 +39,10 @@ class Schedule:
         before, env.curr_step = env.curr_step, status.current_step
         if _multiples(before, env.curr_step, config.steps_per_eval):
             self._evaluate()
-        for step in _multiples(before, env.curr_step, env.checkpoint_interval):
+        for step in _multiples(before, env.curr_step, self.registration.checkpoint_interval if self.registration else 0):
             await self.save(step, unfinished(step))
-        if env.curr_step != before and env.items_sent_this_step >= config.min_items_sent_before_logging:
-            env.items_sent_this_step = 0
+        if env.curr_step != before and self.items_sent >= config.min_items_sent_before_logging:
+            self.items_sent = 0
             await env.wandb_log(metrics)
 
     async def restore(self, step: int) -> Path | None:
@@ -50,23 +51,26 @@ class Schedule:
         Raises:
             ConfigError: the file cannot be read.
         """
-        if not self._env.checkpoint_dir or step <= 0:
+        if self._place is None or step <= 0:
             return None
-        return await self._order.restore(self._folder, self._env.wandb_prepend, step)
+        return await self._order.restore(*self._place, step)
 
     async def save(self, step: int, unfinished: Iterable[Ticket]) -> None:
         """Save the order of the items."""
-        if not self._env.checkpoint_dir:
+        if self._place is None:
             return
-        path = checkpoint_path(self._folder, self._env.wandb_prepend, step)
+        path = checkpoint_path(*self._place, step)
         try:
             await self._order.save(path, unfinished)
         except OSError as reason:
             logger.warning("checkpoint_dir: the order of the items cannot be saved: %s", reason)
 
     @property
-    def _folder(self) -> Path:
-        return Path(self._env.checkpoint_dir) / "env_checkpoints"
+    def _place(self) -> tuple[Path, str] | None:
+        """The folder that the trainer saves to and the name that the order has there; None where it saves nothing."""
+        if self.registration is None or not self.registration.checkpoint_dir:
+            return None
+        return Path(self.registration.checkpoint_dir) / "env_checkpoints", self.registration.wandb_name
 
     def _evaluate(self) -> None:
         if self._evaluation is not None:

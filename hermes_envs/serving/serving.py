@@ -15,15 +15,15 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atroposlib.envs.base import EvalHandlingEnum
 
 from backends.teardown import finish
 from hermes_envs.errors import ConfigError
-from hermes_envs.runs.atropos import start_wandb
-from hermes_envs.runs.summary import Reporter
-from hermes_envs.serving.data_order import DataOrder, Ticket
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.serving.data_order import Ticket
+from hermes_envs.serving.environment import ServedEnvironment
 from hermes_envs.serving.outbox import Item, Outbox
 from hermes_envs.serving.rollout_api import (
     EnvironmentStatus,
@@ -34,9 +34,6 @@ from hermes_envs.serving.rollout_api import (
 )
 from hermes_envs.serving.schedule import Schedule
 from hermes_envs.serving.trainer_link import TrainerLink, Waiting
-
-if TYPE_CHECKING:
-    from hermes_envs.env import AgentEnv, AgentEnvConfig
 
 POLL_S = 0.25
 API_PATIENCE_S = 300.0
@@ -51,7 +48,7 @@ EQUAL_SCORES, INCOMPLETE = "equal scores", "incomplete"
 logger = logging.getLogger(__name__)
 
 
-def check_options(config: AgentEnvConfig) -> None:
+def check_options(config: Any) -> None:
     """Refuse what cannot work with a trainer.
 
     Raises:
@@ -65,6 +62,9 @@ def check_options(config: AgentEnvConfig) -> None:
         raise ConfigError("inference_weight: the API divides by the sum of all weights; it must be above 0")
     if config.worker_timeout > 0:
         limits = {name: limit for name, limit in config.model_dump().items() if name.endswith("timeout_s")}
+        if "rollout_timeout_s" not in config.model_fields_set:
+            # Its default is there to end what hangs.
+            del limits["rollout_timeout_s"]
         longest = max(limits, key=lambda name: float(limits[name]))
         if config.worker_timeout <= limits[longest]:
             raise ConfigError(
@@ -76,13 +76,13 @@ def check_options(config: AgentEnvConfig) -> None:
 class Serving:
     """Rolls out groups for a trainer until it has made `total_steps` batches, there are no more items, or SIGTERM comes."""
 
-    def __init__(self, env: AgentEnv, *, api_patience_s: float = API_PATIENCE_S) -> None:
+    def __init__(self, env: ServedEnvironment, *, api_patience_s: float = API_PATIENCE_S) -> None:
         """Raises: ConfigError: an option cannot work with a trainer."""
         check_options(env.config)
         self._env, self._config = env, env.config
         self._api = RolloutApi(env.config.rollout_server_url)
         self._outbox = Outbox(self._api)
-        self._order = DataOrder(env.get_next_item, env.data_position, env.restore_data_position)
+        self._order = env.data_order()
         self._schedule = Schedule(env, self._order)
         self._reporter = Reporter(env.name or type(env).__name__)
         request = {
@@ -147,22 +147,14 @@ class Serving:
             self._reporter.tell(f"going on with the items where {restored} says")
         if self._config.use_wandb:
             info = await self._api.wandb_info()
-            self._config.use_wandb = await asyncio.to_thread(
-                start_wandb, info.project, registration.wandb_name, self._config.model_dump(), info.group
-            )
+            await self._env.start_wandb(info.project, registration.wandb_name, info.group)
 
     async def _register(self) -> Any:
         registration = await self._link.register()
-        trainer, env = self._link.trainer, self._env
+        trainer = self._link.trainer
         self._outbox.send_again(registration.starting_step)
-        env.env_id, env.wandb_prepend = registration.env_id, registration.wandb_name
-        env.checkpoint_dir, env.checkpoint_interval = registration.checkpoint_dir, registration.checkpoint_interval
-        self._config.batch_size = trainer.batch_size
-        if trainer.max_token_len > 0:
-            # A sequence of that length is one too long for atroposlib.
-            env.policy.limit_sequences(trainer.max_token_len - 1)
-        # atroposlib warns about each group while it knows no limit.
-        env.max_token_len = trainer.max_token_len if trainer.max_token_len > 0 else self._config.max_token_length
+        self._schedule.registration = registration
+        self._env.enroll(registration, trainer)
         self._total_steps = self._config.total_steps if self._config.total_steps >= 0 else registration.num_steps
         if self._total_steps < 0:
             raise ConfigError("total_steps: is -1, for the trainer to decide, but the trainer says -1, too")
@@ -196,7 +188,7 @@ class Serving:
             await self._pause(1.0)
 
     async def _note_step(self, status: EnvironmentStatus) -> None:
-        await self._env.server.update_weight(status.env_weight)
+        self._env.limit_requests(status.env_weight)
         await self._schedule.note_step(
             status, lambda step: [*self._outbox.tickets(step), *self._workers.values()], self._metrics(status)
         )
@@ -215,18 +207,18 @@ class Serving:
 
     def _room(self, status: EnvironmentStatus) -> int:
         """How many more groups may begin: no more than there are workers, than may be queued, and than are still needed."""
-        config = self._config
+        config, batch_size = self._config, self._link.trainer.batch_size
         batches: int = min(config.max_batches_offpolicy, self._total_steps - status.current_step)
         workers: int = self._env.max_num_workers
         if self._schedule.is_evaluating and config.eval_handling is not EvalHandlingEnum.NONE:
             workers = 0 if config.eval_handling is EvalHandlingEnum.STOP_TRAIN else int(workers * config.eval_limit_ratio)
         own_share = config.min_batch_allocation or 0.0
-        sequences = batches * round(config.batch_size * (status.unallocated_fraction + own_share))
+        sequences = batches * round(batch_size * (status.unallocated_fraction + own_share))
         of_others = status.queue_size - status.self_queue_size
         room: int = sequences // config.group_size - of_others
         if config.min_batch_allocation is not None:
             # A batch is made of packs as large as the largest group, and waits for the packs allotted to an environment.
-            packs = math.ceil(own_share * config.batch_size * batches / status.max_group_size)
+            packs = math.ceil(own_share * batch_size * batches / status.max_group_size)
             room = max(room, packs * max(1, status.max_group_size // config.group_size))
         unbatched = self._outbox.unbatched + len(self._workers)
         return min(workers - len(self._workers), room - unbatched)
@@ -250,29 +242,23 @@ class Serving:
 
     async def _roll_out(self, item: Any) -> list[Item]:
         """What the trainer gets of an item: nothing, if that would teach nothing."""
-        started = time.monotonic()
         limit_s = self._config.worker_timeout if self._config.worker_timeout > 0 else None
         try:
             async with asyncio.timeout(limit_s) as limit:
-                group, _ = await self._env.collect_trajectories(item)
-                group = await self._env.postprocess_histories(group) if group else None
+                items, _ = await self._env.collect_trajectories(item)
         except TimeoutError:
             if not limit.expired():
                 raise
             return self._drop(item, f"worker_timeout of {limit_s:g} s")
-        finally:
-            self._env.task_duration.append(time.monotonic() - started)
-        if not group:
+        if not items:
             self._rest_after_failures()
             return self._drop(item, INCOMPLETE)
         self._failures_in_a_row = 0
-        items: list[Item] = group if isinstance(group, list) else [group]
         if problem := self._problem(items):
             return self._drop(item, problem)
-        for data in items:
-            # Counts and records it; what it would leave out has been left out.
-            await self._env.handle_send_to_api(data, item, do_send_to_api=False, abort_on_any_max_length_exceeded=False)
-            if not self._config.include_messages:
+        await self._env.record_items(items, item)
+        if not self._config.include_messages:
+            for data in items:
                 data.pop("messages", None)
         return items
 
@@ -299,7 +285,12 @@ class Serving:
         return []
 
     def _rest_after_failures(self) -> None:
-        """Where nothing works, such as while the engine is away, do not run through all items."""
+        """Where nothing works, such as while the engine is away, do not run through all items.
+
+        Raises:
+            EnvironmentDefectError: the environment's code fails on every item.
+        """
+        self._env.summary.give_up_on_defects(max(3, self._env.max_num_workers))
         self._failures_in_a_row += 1
         excess = self._failures_in_a_row - self._env.max_num_workers
         if excess > 0:
@@ -333,7 +324,7 @@ class Serving:
                 problems.append(problem)
             elif items := worker.result():
                 self._outbox.add(ticket, items)
-                self._env.items_sent_this_step += len(items)
+                self._schedule.items_sent += len(items)
                 self._env.summary.groups_served += 1
         return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -61,4 +61,3 @@ class ToolResult:
     content: str
     ok: bool
     executed: bool = True
-    metadata: dict[str, Any] = field(default_factory=dict)

@@ -45,7 +45,7 @@ class ToolExecutor:
         return [tool.schema for tool in (*self.tools.values(), *self._external.definitions.values())]
 
     def offer(self, external: ExternalTools) -> None:
-        """Run calls of these tools, too, outside of the slot.
+        """Also run calls of these external tools, which need no slot.
 
         Raises:
             ConfigError: a name is that of a tool of the slot.
@@ -60,21 +60,21 @@ class ToolExecutor:
         """Whether a tool runs outside of the slot."""
         return name in self._external.definitions
 
-    async def execute(self, workspace: Workspace, call: ToolCall) -> ToolResult:
-        """Run one call in the workspace.
+    async def execute(self, workspace: Workspace, call: ToolCall, *, timeout_s: float | None = None) -> ToolResult:
+        """Run one call in the workspace, within `timeout_s` if that is less than the call may take anyway.
 
         Raises:
-            SandboxError, ToolServerError: the slot or the tool server failed; the call's fate is unknown.
+            SandboxError, ToolServerError: the slot or the tool server failed; whether the call ran is unknown.
         """
         try:
             call = self.check(call)
         except UnusableCallError as problem:
             return ToolResult(call, f"Error: {problem}", ok=False, executed=False)
-        result = await self.run(workspace, call)
-        # What comes from outside of a slot may hold what is no text.
+        result = await self.run(workspace, call, timeout_s=timeout_s)
+        # The output of an external tool may hold lone surrogates, which cannot be encoded.
         described = _describe(result).encode("utf-8", "replace").decode()
         content = await self._fit(workspace, call, described)
-        return ToolResult(call, content, ok=result.success, metadata=result.metadata)
+        return ToolResult(call, content, ok=result.success)
 
     def check(self, call: ToolCall) -> ToolCall:
         """The call as it can be run.

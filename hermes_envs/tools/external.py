@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import logging
@@ -39,7 +40,7 @@ class ExternalTools(ABC):
 
 
 class NoExternalTools(ExternalTools):
-    """Where there are none."""
+    """An empty set: every call fails."""
 
     definitions: Mapping[str, ToolDefinition] = {}
 
@@ -77,12 +78,15 @@ class ExternalTool(ToolDefinition):
 
 
 class ExternalToolbox(ExternalTools):
-    """Runs external tools in this process, `max_concurrency` at once. Whatever a tool does, the next one can be called."""
+    """Runs external tools in this process, `max_concurrency` at once.
+
+    A tool that raises, hangs or exits does not affect other calls.
+    """
 
     def __init__(
         self, tools: Iterable[ExternalTool], max_concurrency: int = 16, queue_timeout_s: float = QUEUE_TIMEOUT_S
     ) -> None:
-        """Take in the tools.
+        """Index the tools by name.
 
         Raises:
             ConfigError: two have the same name.
@@ -99,7 +103,7 @@ class ExternalToolbox(ExternalTools):
 
     @property
     def running(self) -> int:
-        """How many calls run, those included that were given up and do not end."""
+        """Number of calls that run, including those that timed out and ignore their cancellation."""
         return len(self._running)
 
     async def call(self, name: str, arguments: dict[str, Any], timeout_s: float, trajectory_id: str | None) -> ExecutionResult:
@@ -121,7 +125,7 @@ class ExternalToolbox(ExternalTools):
             reason_text = "it was cancelled" if task.done() else f"timed out after {timeout_s:g} s"
             return ExecutionResult(success=False, output="", error=reason_text, metadata={"timeout": not task.done()})
         finally:
-            # It keeps its place until it really ends.
+            # A tool that ignores the cancellation keeps its place until it ends.
             task.cancel()
 
     def _end(self, task: asyncio.Task[ExecutionResult]) -> None:
@@ -130,9 +134,9 @@ class ExternalToolbox(ExternalTools):
 
 
 async def _run(tool: ExternalTool, arguments: dict[str, Any], trajectory_id: str | None) -> ExecutionResult:
-    """The boundary to somebody else's code: nothing that it raises gets further."""
+    """Run a tool, with arguments of its own to change. It is code of others: each exception of it becomes a failed result."""
     try:
-        output = _as_text(await tool.function(**arguments))
+        output = _as_text(await tool.function(**copy.deepcopy(arguments)))
     except (Exception, SystemExit) as reason:
         logger.exception("external tool %s failed in trajectory %r", tool.name, trajectory_id)
         error = f"{type(reason).__name__}: {reason}"

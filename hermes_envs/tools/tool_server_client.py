@@ -27,7 +27,7 @@ from sandbox_image.protocol import ExecutionResult, ProtocolError
 
 IN_PROCESS = "inprocess"
 ATTEMPTS = 4
-"""How often a connection is tried before the server counts as gone."""
+"""How often a connection is tried before the server counts as unreachable."""
 
 _MARGIN_S = QUEUE_TIMEOUT_S + 15.0
 _ANSWER_BYTES = 12 * MAX_OUTPUT_CHARS + (1 << 20)  # one character can become two \u0000
@@ -80,7 +80,7 @@ async def external_tools(options: ToolServerOptions, own: Iterable[ExternalTool]
 
 
 class ToolServerClient(ExternalTools):
-    """Calls the tools of a server over HTTP. Nothing that the server says is trusted to have the right form."""
+    """Calls the tools of a server over HTTP. Replies are validated before they are used."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
@@ -100,7 +100,7 @@ class ToolServerClient(ExternalTools):
             yield client
 
     async def call(self, name: str, arguments: dict[str, Any], timeout_s: float, trajectory_id: str | None) -> ExecutionResult:
-        """See `ExternalTools.call`. Tried again only while no connection can be made: a tool may have an effect."""
+        """See `ExternalTools.call`. Retried only while no connection can be made: a tool need not be idempotent."""
         request = {"tool": name, "args": arguments, "timeout": timeout_s, "trajectory_id": trajectory_id}
         status, answer = await self._ask("POST", "/execute", request, timeout_s + _MARGIN_S)
         if status != 200:

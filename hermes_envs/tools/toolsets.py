@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from hermes_envs.errors import ConfigError
-from hermes_envs.tools.tool import BUILTIN_TOOLS, Tool
+from hermes_envs.tools.builtin import BUILTIN_TOOLS
+from hermes_envs.tools.tool import Tool
 
 
-@dataclass
+def _split_at_commas(value: object) -> object:
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    return value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
+"""The type of an option that is a list in YAML, and names separated by commas in a flag or a variable."""
+
+_MEMBERS = {
+    "terminal": ("terminal",),
+    "bash": ("bash",),
+    "filesystem": ("read_file", "write_file"),
+    "terminal_stateful": ("terminal_stateful",),
+    "bash_stateful": ("bash_stateful",),
+    "python": ("python",),
+    "tmux": ("tmux",),
+    "sandbox": ("terminal", "filesystem", "terminal_stateful", "tmux"),
+    "default": ("terminal", "filesystem"),
+    "full": ("sandbox",),
+}
+
+
+@dataclass(frozen=True)
 class Toolsets:
-    """The tools and toolsets that a configuration can name."""
+    """The tools and toolsets that a configuration can name. Immutable: `register` makes new ones.
 
-    tools: dict[str, Tool] = field(default_factory=lambda: dict(BUILTIN_TOOLS))
-    members: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "terminal": ("terminal",),
-            "bash": ("bash",),
-            "filesystem": ("read_file", "write_file"),
-            "terminal_stateful": ("terminal_stateful",),
-            "bash_stateful": ("bash_stateful",),
-            "python": ("python",),
-            "tmux": ("tmux",),
-            "sandbox": ("terminal", "filesystem", "terminal_stateful", "tmux"),
-            "default": ("terminal", "filesystem"),
-            "full": ("sandbox",),
-        }
-    )
+    `members` has, for each toolset, the names of its tools and of the toolsets that it includes.
+    """
 
-    def register(self, name: str, members: Sequence[str], tools: Iterable[Tool] = ()) -> None:
-        """Add a toolset; `members` are names of tools or of other toolsets, `tools` are new ones to know.
+    tools: Mapping[str, Tool] = field(default_factory=lambda: BUILTIN_TOOLS)
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _MEMBERS)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", MappingProxyType(dict(self.tools)))
+        object.__setattr__(self, "members", MappingProxyType(dict(self.members)))
+
+    def register(self, name: str, *, tools: Sequence[Tool] = (), includes: Sequence[str] = ()) -> Toolsets:
+        """These toolsets and one more, of new tools and of tools and toolsets that there are already.
+
+            class MyEnv(AgentEnv):
+                toolsets = AgentEnv.toolsets.register("mine", tools=[MY_TOOL], includes=["filesystem"])
 
         Raises:
-            ConfigError: the name is taken, or a member is unknown.
+            ConfigError: the name is taken, or `includes` has an unknown one.
         """
         if name in self.members:
             raise ConfigError(f"toolset {name!r} exists already")
-        known = self.tools | {tool.name: tool for tool in tools}
-        for member in members:
-            if member not in known and member not in self.members:
-                raise ConfigError(f"toolset {name!r} names {member!r}, which is neither a tool nor a toolset")
-        self.tools = known
-        self.members[name] = tuple(members)
+        for included in includes:
+            if included not in self.tools and included not in self.members:
+                raise ConfigError(f"toolset {name!r} includes {included!r}, which is neither a tool nor a toolset")
+        new = {tool.name: tool for tool in tools}
+        return Toolsets({**self.tools, **new}, {**self.members, name: (*new, *includes)})
 
     def resolve(self, enabled: Sequence[str], disabled: Sequence[str] = ()) -> dict[str, Tool]:
         """The tools of the enabled toolsets less those of the disabled ones, by name, in a stable order.

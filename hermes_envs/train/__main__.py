@@ -20,12 +20,14 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hermes_envs.errors import ConfigError, HermesEnvsError
-from hermes_envs.runs.command_line import CONFIG_VARIABLE, config_file
+from hermes_envs.runs.config_file import CONFIG_VARIABLE, config_file
 from hermes_envs.train.options import TinkerService, TrainingConfig
-from hermes_envs.train.run import EnvironmentCommand, run
+
+if TYPE_CHECKING:
+    from hermes_envs.train.run import EnvironmentCommand
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="the YAML file; default: the variable TINKER_CONFIG")
-    parser.add_argument("--environment", help="start run-api and this environment, too: gsm8k_agent, or a module's name")
+    parser.add_argument("--environment", help="start run-api and this environment, too: its name, a module's, or module:Class")
     parser.add_argument("--num-steps", type=int, help="instead of env.total_steps")
     parser.add_argument("--base-model", help="instead of tinker.base_model")
     parser.add_argument("--lora-rank", type=int, help="instead of tinker.lora_rank")
@@ -64,6 +66,9 @@ def _prepare(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[Tr
     config = TrainingConfig.load(path, overrides)
     if flags.environment is None:
         return config, None
+    # Takes seconds to import.
+    from hermes_envs.train.run import EnvironmentCommand
+
     config.check_endpoints()
     for_environment = [part for name, value in overrides["env"].items() for part in (f"--env.{name}", str(value).lower())]
     return config, EnvironmentCommand.of(flags.environment, path, tuple(for_environment))
@@ -75,9 +80,9 @@ def main() -> int:
     logging.getLogger("hermes_envs.train").setLevel(logging.INFO)
     try:
         config, environment = _prepare(sys.argv[1:], os.environ)
-        service = TinkerService(
-            base_url=os.environ.get("TINKER_BASE_URL") or None, api_key=os.environ.get("TINKER_API_KEY") or None
-        )
+        service = TinkerService.from_variables(os.environ)
+        from hermes_envs.train.run import run
+
         complete = asyncio.run(run(config, service, environment))
     except HermesEnvsError as reason:
         sys.stderr.write(f"error: {reason}\n")

@@ -15,78 +15,79 @@ import functools
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, FailFast, Field
+
 from hermes_envs.errors import ConfigError, EngineError
-from hermes_envs.policies.base import assistant_message
+from hermes_envs.policies.base import assistant_message, with_text_arguments
 from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
-from hermes_envs.services.http_service import HttpService, RefusalError, Route
+from hermes_envs.services.http_service import Body, HttpService, RefusalError, get, post
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.train.tinker_model import Completion, RefusedSampleError, SamplingRequest, TinkerModel
-from sandbox_image.protocol import ProtocolError, Range, Wire
 
 _MOST_COMPLETIONS = 1024
 _MOST_TOKENS = 1_000_000
 
-Stop = str | list[Any] | None
+
+def _listed(value: object) -> object:
+    return [] if value is None else [value] if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class GenerateRequest(Wire):
+Stop = Annotated[list[str | int], BeforeValidator(_listed)]
+"""A text, or a list of texts and token ids."""
+
+
+class GenerateParameters(Body):
+    """SGLang's `sampling_params`, as far as Tinker has them. `skip_special_tokens` is about the text of the reply."""
+
+    n: int = Field(1, ge=1, le=_MOST_COMPLETIONS)
+    max_new_tokens: int = Field(256, ge=1, le=_MOST_TOKENS)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1, le=_MOST_TOKENS)
+    sampling_seed: int | None = None
+    stop: Stop = Field([])
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool = True
+
+
+class GenerateRequest(Body):
     """SGLang's request. What it can ask of the form of the reply changes nothing: logprobs are always there."""
 
-    input_ids: list[Any]
-    sampling_params: dict[str, Any] = field(default_factory=dict)
+    input_ids: Annotated[list[int], FailFast()]
+    sampling_params: GenerateParameters = GenerateParameters()
     return_logprob: bool = True
     return_text_in_logprobs: bool = False
 
 
-@dataclass(frozen=True)
-class GenerateParameters(Wire):
-    """SGLang's `sampling_params`, as far as Tinker has them. `skip_special_tokens` is about the text of the reply."""
-
-    n: Annotated[int, Range(1, _MOST_COMPLETIONS)] = 1
-    max_new_tokens: Annotated[int, Range(1, _MOST_TOKENS)] = 256
-    temperature: Annotated[float, Range(0, 100)] = 1.0
-    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
-    top_k: Annotated[int, Range(-1, _MOST_TOKENS)] = -1
-    sampling_seed: int | None = None
-    stop: Stop = None
-    stop_token_ids: list[Any] | None = None
-    skip_special_tokens: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenAIRequest(Wire):
+class OpenAIRequest(Body):
     """What OpenAI's two requests share, as far as Tinker has it."""
 
     model: str = ""
-    n: Annotated[int, Range(1, _MOST_COMPLETIONS)] = 1
-    max_tokens: Annotated[int | None, Range(1, _MOST_TOKENS)] = None
-    temperature: Annotated[float, Range(0, 100)] = 1.0
-    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    n: int = Field(1, ge=1, le=_MOST_COMPLETIONS)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = None
-    stop: Stop = None
+    stop: Stop = Field([])
     stream: Literal[False] | None = None
     user: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class CompletionRequest(OpenAIRequest):
     """Continue a text, or each of several."""
 
-    prompt: str | list[Any]
+    prompt: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
     """Answer messages."""
 
     messages: list[Any]
     tools: list[Any] | None = None
     tool_choice: Literal["auto"] | None = None
-    max_completion_tokens: Annotated[int | None, Range(1, _MOST_TOKENS)] = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
 
 
 class InferenceServer:
@@ -99,12 +100,12 @@ class InferenceServer:
         self._renderer = renderer
         self._model: asyncio.Future[TinkerModel] = asyncio.get_running_loop().create_future()
         self.step = 0
-        routes: dict[tuple[str, str], Route] = {
-            ("POST", "/generate"): (GenerateRequest, self._generate),
-            ("POST", "/v1/completions"): (CompletionRequest, self._complete),
-            ("POST", "/v1/chat/completions"): (ChatRequest, self._chat),
-            ("GET", "/health"): (None, self._health),
-        }
+        routes = (
+            post("/generate", GenerateRequest, self._generate),
+            post("/v1/completions", CompletionRequest, self._complete),
+            post("/v1/chat/completions", ChatRequest, self._chat),
+            get("/health", self._health),
+        )
         self.service = HttpService(routes, options)
 
     def use(self, model: TinkerModel) -> None:
@@ -112,11 +113,11 @@ class InferenceServer:
         self._model.set_result(model)
 
     def published(self, step: int) -> None:
-        """Say in `/health` after how many steps the weights are those that are sampled from."""
+        """Set the training step that `/health` gives for the weights that are sampled from."""
         self.step = step
 
     async def _generate(self, request: GenerateRequest) -> Any:
-        wanted = GenerateParameters.from_json(request.sampling_params)
+        wanted = request.sampling_params
         completions = await self._sample(
             SamplingRequest(
                 self._token_ids("input_ids", request.input_ids),
@@ -126,7 +127,7 @@ class InferenceServer:
                 top_p=wanted.top_p,
                 top_k=wanted.top_k,
                 seed=wanted.sampling_seed,
-                stop=self._stop(wanted.stop, wanted.stop_token_ids),
+                stop=self._stop(wanted.stop, wanted.stop_token_ids or []),
             )
         )
         replies = [
@@ -146,11 +147,8 @@ class InferenceServer:
         return replies if wanted.n > 1 else replies[0]
 
     async def _complete(self, request: CompletionRequest) -> dict[str, Any]:
-        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ProtocolError("field 'prompt' must be a text, or a list of texts")
-        encoded = [self._token_ids("prompt", self._tokenizer.encode(prompt)) for prompt in prompts]
-        stop = self._stop(request.stop, None)
+        encoded = [self._token_ids("prompt", self._tokenizer.encode(prompt)) for prompt in request.prompt]
+        stop = self._stop(request.stop, [])
         answers = await asyncio.gather(
             *(self._sample(_openai_sampling(request, prompt, request.max_tokens or 16, stop)) for prompt in encoded)
         )
@@ -171,11 +169,11 @@ class InferenceServer:
         try:
             renderer = self._renderer()
         except ConfigError as reason:
-            raise RefusalError(501, "no_renderer", str(reason)) from reason
+            raise RefusalError(str(reason), 501, "no_renderer") from reason
         try:
             prompt = renderer.prompt(request.messages, tools)
         except (ConfigError, EngineError, *UNSUITABLE) as reason:
-            raise ProtocolError(f"the messages or tools cannot be rendered: {type(reason).__name__}: {reason}") from reason
+            raise RefusalError(f"the messages or tools cannot be rendered: {type(reason).__name__}: {reason}") from reason
         stop = self._stop(request.stop, list(renderer.stop_token_ids))
         most = request.max_completion_tokens or request.max_tokens or 256
         completions = await self._sample(_openai_sampling(request, prompt, most, stop))
@@ -189,11 +187,11 @@ class InferenceServer:
         self, renderer: ChatRenderer, completion: Completion, prompt: list[int], tools: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
         answer = renderer.parse(completion.token_ids, prompt, tools, f"call_{secrets.token_hex(6)}")
-        message = assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+        message = with_text_arguments(assistant_message(answer.content, answer.tool_calls, answer.reasoning))
         reason = "length" if completion.truncated else "tool_calls" if answer.tool_calls else "stop"
         return {"message": message, "finish_reason": reason}
 
-    async def _health(self, _: None) -> dict[str, Any]:
+    async def _health(self) -> dict[str, Any]:
         return {"status": "ok" if self._model.done() else "loading", "model": self._name, "step": self.step}
 
     async def _sample(self, request: SamplingRequest) -> list[Completion]:
@@ -201,30 +199,29 @@ class InferenceServer:
         try:
             return await model.sample(request)
         except RefusedSampleError as reason:
-            raise RefusalError(400, "bad_request", str(reason)) from reason
+            raise RefusalError(str(reason)) from reason
         except EngineError as reason:
-            raise RefusalError(502, "engine_failed", str(reason)) from reason
+            raise RefusalError(str(reason), 502, "engine_failed") from reason
 
-    def _token_ids(self, name: str, given: list[Any]) -> list[int]:
+    def _token_ids(self, name: str, given: list[int]) -> list[int]:
         if not given:
-            raise ProtocolError(f"field {name!r} has no token")
+            raise RefusalError(f"field {name!r} has no token")
         size = len(self._tokenizer)
         for token in given:
-            if type(token) is not int or not 0 <= token < size:
-                raise ProtocolError(f"field {name!r}: {token!r} is no token of the vocabulary of {size}")
+            if not 0 <= token < size:
+                raise RefusalError(f"field {name!r}: {token!r} is no token of the vocabulary of {size}")
         return given
 
-    def _stop(self, stop: Stop, token_ids: list[Any] | None) -> list[int] | list[str] | None:
-        """Where to stop: Tinker takes ids or texts, not both, so texts that are one token become ids beside others."""
-        texts: list[Any] = [stop] if isinstance(stop, str) else stop or []
-        ids = [token for token in texts if type(token) is int] + (token_ids or [])
-        texts = [text for text in texts if type(text) is not int]
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ProtocolError("field 'stop' must be a text, or a list of texts or of token ids")
+    def _stop(self, stop: Sequence[str | int], token_ids: Sequence[int]) -> list[int] | list[str] | None:
+        """Where to stop. Tinker takes token ids or texts, not both: beside ids, texts of one token are turned into ids."""
+        texts = [text for text in stop if isinstance(text, str)]
+        ids = [token for token in stop if isinstance(token, int)] + [*token_ids]
+        if "" in texts:
+            raise RefusalError("field 'stop': a text is empty")
         if ids and texts:
             several = [text for text in texts if text not in self._vocabulary]
             if several:
-                raise ProtocolError(f"field 'stop': {several[0]!r} is not one token; Tinker takes no texts beside ids")
+                raise RefusalError(f"field 'stop': {several[0]!r} is not one token; Tinker takes no texts beside ids")
             ids, texts = [*ids, *(self._vocabulary[text] for text in texts)], []
         if ids:
             return list(dict.fromkeys(self._token_ids("stop", ids)))
@@ -232,7 +229,7 @@ class InferenceServer:
 
     @functools.cached_property
     def _vocabulary(self) -> dict[str, int]:
-        """The tokenizer makes it anew each time, for some tens of milliseconds."""
+        """Cached, since the tokenizer builds it anew at each call, which takes tens of milliseconds."""
         return dict(self._tokenizer.get_vocab())
 
     def _text(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:

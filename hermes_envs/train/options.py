@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import SettingsConfigDict
 
 from hermes_envs.errors import ConfigError
+from hermes_envs.runs.config_file import mapping, read_sections
+from hermes_envs.services.variables import VariableOptions
 
-SECTIONS = ("env", "openai", "tinker", "slurm", "testing")
 
-
-class TinkerService(BaseModel):
+class TinkerService(VariableOptions):
     """Where the Tinker service is and who asks."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TINKER_")
 
     base_url: str | None = Field(None, description="Its address; none for the SDK's own default.")
     api_key: SecretStr | None = Field(None, description="Its key; none for what the SDK has stored.")
@@ -94,10 +94,10 @@ class TrainingConfig(BaseModel):
         return self.tinker.base_model or self.env.tokenizer_name
 
     def check_endpoints(self) -> None:
-        """See to it that the environment asks this trainer for completions.
+        """Check that every endpoint of the environment is this trainer's inference server.
 
         Raises:
-            ConfigError: it would ask somebody else.
+            ConfigError: one is not.
         """
         host, port = self.tinker.inference_host, self.tinker.inference_port
         own = {("http", name, port) for name in ("localhost", "127.0.0.1", host.lower())}
@@ -115,11 +115,11 @@ class TrainingConfig(BaseModel):
         Raises:
             ConfigError: the file cannot be read, lacks a section, or has a key or a value that means nothing.
         """
-        sections = _read(path)
+        sections = read_sections(path)
         for name in ("env", "openai", "tinker"):
             if not sections.get(name):
                 raise ConfigError(f"config: {path}: the section {name}: is missing")
-        merged = {name: {**_mapping(path, name, sections[name]), **overrides.get(name, {})} for name in ("env", "tinker")}
+        merged = {name: {**mapping(path, name, sections[name]), **overrides.get(name, {})} for name in ("env", "tinker")}
         endpoints = [sections["openai"]] if isinstance(sections["openai"], Mapping) else sections["openai"]
         try:
             config = cls.model_validate({**merged, "openai": endpoints})
@@ -146,26 +146,6 @@ def _address(url: str) -> tuple[str, str, int | None] | None:
     except ValueError:
         return None
     return (scheme, host, port) if scheme in ("http", "https") and host else None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as reason:
-        raise ConfigError(f"config: cannot read {path}: {reason.strerror}") from reason
-    except (UnicodeDecodeError, yaml.YAMLError) as reason:
-        raise ConfigError(f"config: {path} is not YAML: {reason}") from reason
-    sections = _mapping(path, "", content)
-    for name in sections:
-        if name not in SECTIONS:
-            raise ConfigError(f"config: {path}: unknown section {name}; known: {', '.join(SECTIONS)}")
-    return sections
-
-
-def _mapping(path: Path, name: str, section: Any) -> Mapping[str, Any]:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config: {path}: {name or 'the file'} is not a mapping")
-    return section
 
 
 def _in_words(reason: ValidationError) -> str:

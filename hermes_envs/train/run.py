@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from hermes_envs.environments import ENVIRONMENTS
 from hermes_envs.errors import ConfigError, TrainingError
 from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.http_service import stop_signal
@@ -36,19 +37,20 @@ LAST_EVALUATION_S = 3600.0
 
 @dataclass(frozen=True)
 class EnvironmentCommand:
-    """The environment that is to be started: its module, and what comes after `serve`."""
+    """The environment that is to be started: a module, and its arguments."""
 
     module: str
     arguments: tuple[str, ...]
 
     @classmethod
     def of(cls, name: str, config_path: Path, arguments: tuple[str, ...]) -> EnvironmentCommand:
-        """The command of an environment of this package, or of a module with a dot in its name.
+        """The command of an environment that `ENVIRONMENTS` knows by name, or of a module with a dot in its name.
 
         Raises:
-            ConfigError: there is no such module.
+            ConfigError: there is no such environment or module.
         """
-        module = name if "." in name else f"hermes_envs.{name}"
+        is_module = "." in name and ":" not in name
+        module = name if is_module else ENVIRONMENTS.find(name).module
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
@@ -56,7 +58,8 @@ class EnvironmentCommand:
         if found is None:
             raise ConfigError(f"--environment: there is no module {module}")
         # A file may name another policy, for `process`; a trainer can use the tokens of this one alone.
-        return cls(module, ("serve", "--config", str(config_path), "--env.policy", "tokens", *arguments))
+        serve = ("serve", "--config", str(config_path), "--env.policy", "tokens", *arguments)
+        return cls(name, serve) if is_module else cls("hermes_envs.environments", (name, *serve))
 
 
 async def run(config: TrainingConfig, service: TinkerService, environment: EnvironmentCommand | None) -> bool:

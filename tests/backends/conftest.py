@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import sysconfig
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +16,10 @@ from typing import Any, Protocol
 import pytest
 import pytest_asyncio
 
-from backends import BackendOptions, ToolBackend, create_tool_backend
+from backends import BackendOptions, LocalBackend, LocalOptions, ToolBackend, create_tool_backend, options_with
 from backends.client import SlotServerClient
+from tests.sandbox_image.running import ROOT, as_other_user, open_directory
+from tests.support.processes import mentioning
 
 Reply = Callable[["Visit"], Awaitable[None]]
 
@@ -27,6 +31,7 @@ class Visit:
     number: int
     route: str
     payload: Any
+    reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     async def send(self, raw: bytes) -> None:
@@ -89,7 +94,7 @@ async def lying_server() -> AsyncIterator[Callable[..., Awaitable[LyingServer]]]
                     lines = head.decode().split("\r\n")
                     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
                     body = await reader.readexactly(int(headers.get("content-length", "0")))
-                    visit = Visit(len(server.visits), lines[0].split()[1], json.loads(body) if body else None, writer)
+                    visit = Visit(len(server.visits), lines[0].split()[1], json.loads(body) if body else None, reader, writer)
                     server.visits.append(visit)
                     await reply(visit)
             except (asyncio.IncompleteReadError, ConnectionError):
@@ -129,70 +134,111 @@ class Provider(Protocol):
 class LocalProvider:
     """The local backend, in a directory that belongs to one test or module."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kind: type[LocalBackend] = LocalBackend) -> None:
         self.directory = directory
+        self._kind = kind
 
     def make(self, *, slots: int = 4, **options: Any) -> ToolBackend:
-        return create_tool_backend(BackendOptions(local_slots=slots, local_data_dir=str(self.directory), **options))
+        return self._kind(LocalOptions(local_slots=slots, local_data_dir=str(self.directory), **options))
 
     def kill(self) -> None:
-        (pid,) = [pid for pid, command in processes() if str(self.directory) in command and parent(pid) == os.getpid()]
-        os.kill(pid, signal.SIGKILL)
+        (server,) = [process for process in mentioning(str(self.directory)) if process.parent == os.getpid()]
+        os.kill(server.pid, signal.SIGKILL)
 
     def remains(self) -> list[str]:
         return remains_below(self.directory)
 
 
-def processes() -> Iterator[tuple[int, str]]:
-    """All processes that can be seen, with their command lines; zombies have none."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                command = Path(f"/proc/{name}/cmdline").read_bytes()
-            except OSError:
-                continue
-            yield int(name), command.replace(b"\0", b" ").decode(errors="replace")
+class NamedProvider:
+    """A backend that `--backend` names, with the options that `--backend-option` gives it; it has the slots that it has."""
+
+    def __init__(self, name: str, given: Sequence[str]) -> None:
+        self._name = name
+        self._given = dict(option.split("=", 1) for option in given)
+
+    def make(self, *, slots: int = 4, **options: Any) -> ToolBackend:
+        kind = options_with(BackendOptions, self._name)
+        return create_tool_backend(kind(tool_pool_mode=self._name, **self._given, **options))
+
+    def kill(self) -> None:
+        pytest.skip("nobody knows how to kill a sandbox of this backend")
+
+    def remains(self) -> list[str]:
+        return []
 
 
 def remains_below(directory: Path) -> list[str]:
     """Processes whose command line names the directory, and what is in it."""
-    running = [f"{pid}: {command}" for pid, command in processes() if str(directory) in command and pid != os.getpid()]
+    running = [f"{process.pid}: {process.command}" for process in mentioning(str(directory)) if process.pid != os.getpid()]
     return running + ([str(path) for path in directory.iterdir()] if directory.exists() else [])
 
 
-def parent(pid: int) -> int | None:
-    """The process id of a process' parent."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(status.rpartition(")")[2].split()[1])
+OWN_USER, ORDINARY_USER = "local", "local, ordinary user"
 
 
-PROVIDERS = {"local": LocalProvider}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("backends")
+    group.addoption(
+        "--backend", metavar="NAME", help="run the conformance suite on this backend: a name or package.module:Class"
+    )
+    group.addoption("--backend-option", metavar="NAME=VALUE", action="append", default=[], help="an option of it")
 
 
-@pytest.fixture(scope="module", params=list(PROVIDERS))
-def provider_name(request: pytest.FixtureRequest) -> str:
-    """The backends that the conformance suite runs on."""
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the conformance suite on the local backend, as whoever runs it and as an ordinary user where that may matter."""
+    if "provider_name" in metafunc.fixturenames:
+        # It is known only if this file is below a path on the command line.
+        named = metafunc.config.getoption("--backend", None)
+        users = [OWN_USER] if metafunc.definition.get_closest_marker("any_user") else [OWN_USER, ORDINARY_USER]
+        metafunc.parametrize("provider_name", [named] if named else users, scope="module")
+
+
+@contextmanager
+def open_provider(name: str, config: pytest.Config) -> Iterator[Provider]:
+    """A provider, in a directory of its own; nothing may be left of its backends."""
+    with open_directory(other_user=name == ORDINARY_USER) as directory:
+        provider: Provider
+        if name == OWN_USER:
+            provider = LocalProvider(directory / "data")
+        elif name == ORDINARY_USER:
+            provider = LocalProvider(directory / "data", backend_of_ordinary_user(directory))
+        else:
+            provider = NamedProvider(name, config.getoption("--backend-option"))
+        yield provider
+        assert provider.remains() == []
+
+
+def backend_of_ordinary_user(directory: Path) -> type[LocalBackend]:
+    """A local backend whose slot server belongs to an ordinary user; skips the test where there cannot be one."""
+    *become, python = as_other_user(directory)
+    path = f"PYTHONPATH={ROOT}:{sysconfig.get_path('purelib')}"
+
+    class BackendOfOrdinaryUser(LocalBackend):
+        interpreter = (*become, "env", path, python)
+
+    return BackendOfOrdinaryUser
 
 
 @pytest.fixture
-def provider(provider_name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Provider]:
+def provider(provider_name: str, request: pytest.FixtureRequest) -> Iterator[Provider]:
     """For tests that need a backend of their own; nothing may be left of it."""
-    provider = PROVIDERS[provider_name](tmp_path_factory.mktemp("own"))
-    yield provider
-    assert provider.remains() == []
+    with open_provider(provider_name, request.config) as provider:
+        yield provider
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def backend(provider_name: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ToolBackend]:
+async def backend(provider_name: str, request: pytest.FixtureRequest) -> AsyncIterator[ToolBackend]:
     """A backend with four slots for tests that leave it as they found it; nothing may be left of it at the end."""
-    provider = PROVIDERS[provider_name](tmp_path_factory.mktemp("shared"))
-    async with provider.make(slots=4, acquire_timeout_s=30) as backend:
-        yield backend
-    assert provider.remains() == []
+    with open_provider(provider_name, request.config) as provider:
+        async with provider.make(slots=4, acquire_timeout_s=60) as backend:
+            yield backend
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for sockets, the paths of which may have 107 bytes; the names that pytest gives can be too long."""
+    with open_directory() as directory:
+        yield directory
 
 
 @pytest.fixture

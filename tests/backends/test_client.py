@@ -287,13 +287,13 @@ async def test_a_connection_that_keeps_breaking_is_given_up(lying_server: Start)
     assert server.routes == ["/execute", "/execute"]
 
 
-async def test_nobody_there(tmp_path: Path) -> None:
-    async with SlotServerClient(unix_socket=tmp_path / "socket") as client:
+async def test_nobody_there(short_path: Path) -> None:
+    async with SlotServerClient(unix_socket=short_path / "socket") as client:
         with pytest.raises(SandboxUnavailableError, match="no connection"):
             await client.execute(call())
 
 
-async def test_a_server_that_comes_up_late_is_reached(tmp_path: Path) -> None:
+async def test_a_server_that_comes_up_late_is_reached(short_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         body = b'{"layers": ["a"]}'
@@ -301,10 +301,10 @@ async def test_a_server_that_comes_up_late_is_reached(tmp_path: Path) -> None:
         await writer.drain()
         writer.close()
 
-    async with SlotServerClient(unix_socket=tmp_path / "socket") as client:
+    async with SlotServerClient(unix_socket=short_path / "socket") as client:
         asked = asyncio.create_task(client.layers())
         await asyncio.sleep(0.1)
-        async with await asyncio.start_unix_server(serve, tmp_path / "socket"):
+        async with await asyncio.start_unix_server(serve, short_path / "socket"):
             assert await asked == ["a"]
 
 
@@ -334,19 +334,18 @@ async def test_a_silent_server_times_out_for_each_call_of_a_batch(lying_server: 
     async def reply(visit: Any) -> None:
         await visit.start_stream()
         await visit.line({"index": 2, "result": RESULT | {"execution_id": "c"}})
-        await asyncio.sleep(5)
+        await asyncio.sleep(60)
 
     server = await lying_server(reply, timeout_margin_s=0.1)
     loop = asyncio.get_running_loop()
     start, outcomes = loop.time(), {}
-    calls = [call("a", timeout=0.1), call("b", timeout=0.2), call("c", slot_id="slot_1")]
+    calls = [call("a", timeout=0.5), call("b", slot_id="slot_1", timeout=0.1), call("c", slot_id="slot_2", timeout=0.3)]
     await server.client.execute_many(calls, lambda index, outcome: outcomes.update({index: (loop.time() - start, outcome)}))
-    assert isinstance(outcomes[0][1], ExecutionTimeoutError)
-    assert isinstance(outcomes[1][1], ExecutionTimeoutError)
+    assert list(outcomes) == [2, 1, 0]
     assert isinstance(outcomes[2][1], ExecutionResult)
-    # The second call of the slot had to wait for the first one.
-    assert 0.15 < outcomes[0][0] < 0.3 < 0.39 < outcomes[1][0] < 1.0
-    assert outcomes[2][0] < 0.15
+    for index, timeout in ((1, 0.1), (0, 0.5)):
+        assert isinstance(outcomes[index][1], ExecutionTimeoutError)
+        assert outcomes[index][0] >= timeout + 0.1
 
 
 async def many(server: Any, count: int) -> dict[int, Any]:
@@ -364,7 +363,7 @@ async def test_a_batch_hands_out_each_result_as_it_comes(lying_server: Start) ->
     async def reply(visit: Any) -> None:
         await visit.start_stream()
         await visit.line({"index": 1, "result": batch_result(1)})
-        await asyncio.wait_for(seen.wait(), 5)
+        await seen.wait()
         await visit.line({"index": 2, "failure": failure("lease_expired")})
         await visit.line({"index": 0, "result": batch_result(0)})
         await visit.chunk(b"")
@@ -396,34 +395,23 @@ async def test_lines_may_be_cut_anywhere(lying_server: Start) -> None:
     assert [outcomes[number].output for number in range(3)] == ["output 0", "output 1", "output 2"]
 
 
-async def test_a_batch_whose_connection_breaks_asks_again_for_the_rest(lying_server: Start) -> None:
+@pytest.mark.parametrize("hang_up", [False, True])
+async def test_a_batch_that_ends_early_says_so(lying_server: Start, hang_up: bool) -> None:
     async def reply(visit: Any) -> None:
         await visit.start_stream()
-        if visit.number == 0:
-            await visit.line({"index": 1, "result": batch_result(1)})
+        await visit.line({"index": 1, "result": batch_result(1)})
+        if hang_up:
             visit.hang_up()
-            return
-        for index, item in enumerate(visit.payload):
-            await visit.line({"index": index, "result": batch_result(int(item["execution_id"]))})
-        await visit.chunk(b"")
-
-    server = await lying_server(reply)
-    outcomes = await many(server, 3)
-    assert [outcomes[number].output for number in range(3)] == ["output 0", "output 1", "output 2"]
-    assert [item["execution_id"] for item in server.visits[1].payload] == ["0", "2"]
-
-
-async def test_a_batch_that_is_refused_is_sent_call_by_call(lying_server: Start) -> None:
-    async def reply(visit: Any) -> None:
-        if visit.route == "/batch" or visit.payload["execution_id"] == "1":
-            await visit.answer(failure("bad_request"), status=400)
         else:
-            await visit.answer(batch_result(int(visit.payload["execution_id"])))
+            await visit.chunk(b"")
 
     server = await lying_server(reply)
-    outcomes = await many(server, 3)
-    assert [outcomes[0].output, outcomes[2].output] == ["output 0", "output 2"]
-    assert isinstance(outcomes[1], SandboxProtocolError)
+    outcomes: dict[int, Any] = {}
+    calls = [call(str(number), slot_id=f"slot_{number}") for number in range(3)]
+    with pytest.raises(SandboxUnavailableError):
+        await server.client.execute_many(calls, lambda index, outcome: outcomes.update({index: outcome}))
+    assert list(outcomes) == [1]
+    assert server.routes == ["/batch"]
 
 
 @pytest.mark.parametrize(

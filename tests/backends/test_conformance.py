@@ -41,11 +41,10 @@ async def bash(backend: ToolBackend, slot: Slot, command: str, *, timeout_s: flo
 
 async def settled(backend: ToolBackend) -> None:
     """Wait until all slots are free; fails if one is lost."""
-    async with asyncio.timeout(20):
-        assert backend.get_stats().slots_in_use == 0
-        slots = await asyncio.gather(*(backend.acquire(f"settled-{number}") for number in range(backend.get_stats().slots)))
-        for slot in slots:
-            await backend.release(slot)
+    assert backend.get_stats().slots_in_use == 0
+    slots = await asyncio.gather(*(backend.acquire(f"settled-{number}") for number in range(backend.get_stats().slots)))
+    for slot in slots:
+        await backend.release(slot)
 
 
 # Tools
@@ -64,9 +63,7 @@ async def test_a_command_that_fails_is_data(backend: ToolBackend, slot: Slot, co
 
 
 async def test_a_command_that_takes_too_long_is_data(backend: ToolBackend, slot: Slot) -> None:
-    start = asyncio.get_running_loop().time()
-    result = await bash(backend, slot, "echo before; sleep 60", timeout_s=0.3)
-    assert asyncio.get_running_loop().time() - start < 5
+    result = await bash(backend, slot, "echo before; sleep 1000", timeout_s=0.3)
     assert not result.success
     assert result.metadata["timeout"]
     assert result.output.startswith("before")
@@ -96,6 +93,7 @@ async def test_a_malformed_call_is_a_protocol_error(backend: ToolBackend, slot: 
     assert (await bash(backend, slot, "echo still here")).success
 
 
+@pytest.mark.any_user
 async def test_results_come_in_request_order(backend: ToolBackend) -> None:
     async with backend.slot("one") as one, backend.slot("two") as two:
         calls = [
@@ -106,27 +104,28 @@ async def test_results_come_in_request_order(backend: ToolBackend) -> None:
     assert [result.output for result in results] == ["a\n", "b\n", "c\n", "d\n"]
 
 
+@pytest.mark.any_user
 async def test_a_batch_raises_its_first_failure_as_it_is(backend: ToolBackend) -> None:
     async with backend.slot("one") as one, backend.slot("two") as two:
-        start = asyncio.get_running_loop().time()
         with pytest.raises(SandboxProtocolError):
-            await backend.execute_batch([(one, "bash", {"command": "sleep 20"}), (two, "no_such_tool", {})])
-        assert asyncio.get_running_loop().time() - start < 5
+            await backend.execute_batch([(one, "bash", {"command": "sleep 1000"}), (two, "no_such_tool", {})])
     assert await backend.execute_batch([]) == []
 
 
 async def test_a_slow_command_holds_up_nobody(backend: ToolBackend) -> None:
     async with backend.slot("slow") as slow, backend.slot("fast") as fast:
-        sleeper = asyncio.create_task(bash(backend, slow, "sleep 3; echo slow"))
-        together = await asyncio.wait_for(asyncio.gather(*(bash(backend, fast, "echo fast") for _ in range(20))), 2)
+        sleeper = asyncio.create_task(bash(backend, slow, "sleep 1000", timeout_s=2000))
+        together = await asyncio.gather(*(bash(backend, fast, "echo fast") for _ in range(20)))
         assert {result.output for result in together} == {"fast\n"}
         assert not sleeper.done()
-        assert (await sleeper).output == "slow\n"
+        sleeper.cancel()
 
 
+@pytest.mark.any_user
 async def test_a_cancelled_call_breaks_no_other(backend: ToolBackend) -> None:
     async with backend.slot("one") as one, backend.slot("two") as two, backend.slot("three") as three:
-        calls = [asyncio.create_task(bash(backend, slot, "sleep 0.5; echo done")) for slot in (one, two, three)]
+        pauses = [(one, 0.5), (two, 1000), (three, 0.5)]
+        calls = [asyncio.create_task(bash(backend, slot, f"sleep {pause}; echo done")) for slot, pause in pauses]
         await asyncio.sleep(0.2)
         calls[1].cancel()
         assert [result.output for result in await asyncio.gather(calls[0], calls[2])] == ["done\n", "done\n"]
@@ -157,6 +156,7 @@ async def test_release_without_reset_still_gives_the_next_one_a_fresh_slot(backe
     await settled(backend)
 
 
+@pytest.mark.any_user
 async def test_releasing_twice_is_harmless(backend: ToolBackend) -> None:
     slot = await backend.acquire("first")
     await backend.release(slot)
@@ -164,6 +164,7 @@ async def test_releasing_twice_is_harmless(backend: ToolBackend) -> None:
     await settled(backend)
 
 
+@pytest.mark.any_user
 async def test_a_released_slot_cannot_be_used(backend: ToolBackend) -> None:
     slot = await backend.acquire("first")
     await backend.release(slot)
@@ -205,6 +206,7 @@ async def test_a_slot_comes_back_when_the_block_fails(backend: ToolBackend) -> N
     await settled(backend)
 
 
+@pytest.mark.any_user
 async def test_waiting_is_first_come_first_served(backend: ToolBackend) -> None:
     held = [await backend.acquire("holder") for _ in range(backend.get_stats().slots)]
     order: list[int] = []
@@ -341,6 +343,7 @@ async def test_a_layer_is_built_once_for_many(backend: ToolBackend) -> None:
     await settled(backend)
 
 
+@pytest.mark.any_user
 async def test_a_failed_build_is_raised_to_all_and_not_kept(backend: ToolBackend) -> None:
     recipe = Recipe(backend, failures=1)
     slots = backend.get_stats().slots
@@ -355,6 +358,7 @@ async def test_a_failed_build_is_raised_to_all_and_not_kept(backend: ToolBackend
     await settled(backend)
 
 
+@pytest.mark.any_user
 async def test_a_cancelled_builder_hands_over(backend: ToolBackend) -> None:
     recipe = Recipe(backend, hangs=1)
     builder = asyncio.create_task(backend.acquire("builder", layer=recipe.layer))
@@ -431,6 +435,7 @@ async def test_cancellation_at_every_await_loses_no_slot(backend: ToolBackend, l
     await settled(backend)
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize("turns", range(0, 40, 4))
 async def test_cancellation_while_waiting_loses_no_slot(backend: ToolBackend, turns: int) -> None:
     held = [await backend.acquire("holder") for _ in range(backend.get_stats().slots)]

@@ -30,7 +30,7 @@ def small_disk() -> Iterator[Path]:
 
 @pytest.fixture
 async def backend(small_disk: Path) -> AsyncIterator[LocalBackend]:
-    options = LocalOptions(local_slots=2, local_data_dir=str(small_disk), acquire_timeout_s=2, workspaces_on_disk=True)
+    options = LocalOptions(local_slots=2, local_data_dir=str(small_disk), acquire_timeout_s=60, workspaces_on_disk=True)
     async with LocalBackend(options) as started:
         yield started
 
@@ -45,7 +45,7 @@ async def test_what_does_not_fit_is_told_and_the_room_comes_back(backend: LocalB
         assert "No space left on device" in str(written.error)
     # What a slot leaves is deleted after the next one has got another.
     async with backend.slot("next") as slot:
-        for _ in range(200):
+        for _ in range(1000):
             written = await backend.execute(slot, "write_file", {"path": "more", "content": "x" * 100_000})
             if written.success:
                 break

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,10 @@ import pytest
 import backends
 from backends import BackendConfigError, BackendOptions, create_tool_backend
 from tests.support.processes import below
+from tests.support.waiting import until
 
 CHECKOUT = Path(backends.__path__[0]).parent
 
-
-AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
 Remains = Callable[[Path], list[str]]
 
 
@@ -56,23 +52,19 @@ async def busy_parent(data: Path) -> asyncio.subprocess.Process:
     return parent
 
 
-async def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path, remains: Remains) -> None:
-    data = tmp_path / "data"
+async def test_nothing_is_left_when_the_parent_is_killed(short_path: Path, remains: Remains) -> None:
+    data = short_path / "data"
     parent = await busy_parent(data)
     assert len(remains(data)) >= 3
     parent.send_signal(signal.SIGKILL)
     await parent.wait()
-    for _ in range(200):
-        if not remains(data):
-            break
-        await asyncio.sleep(0.05)
-    assert remains(data) == []
+    await until(lambda: not remains(data))
 
 
 async def test_what_a_parent_killed_together_with_its_server_leaves_goes_at_the_next_start(
-    tmp_path: Path, remains: Remains
+    short_path: Path, remains: Remains
 ) -> None:
-    data = tmp_path / "data"
+    data = short_path / "data"
     parent = await busy_parent(data)
     [server] = [process for process in below(parent.pid) if "sandbox_image.server" in process.command]
     parent.send_signal(signal.SIGSTOP)
@@ -90,11 +82,11 @@ async def test_what_a_parent_killed_together_with_its_server_leaves_goes_at_the_
     assert remains(data) == []
 
 
-async def test_the_way_to_the_server_is_closed_to_others(tmp_path: Path) -> None:
-    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path))):
-        (directory,) = os.listdir(tmp_path)
-        assert stat.S_IMODE(os.stat(tmp_path / directory / "socket").st_mode) & 0o077 == 0
-        assert stat.S_IMODE(os.stat(tmp_path / directory).st_mode) & 0o022 == 0
+async def test_the_way_to_the_server_is_closed_to_others(short_path: Path) -> None:
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(short_path))):
+        (directory,) = os.listdir(short_path)
+        assert stat.S_IMODE(os.stat(short_path / directory / "socket").st_mode) & 0o077 == 0
+        assert stat.S_IMODE(os.stat(short_path / directory).st_mode) & 0o022 == 0
 
 
 def environments_below(directory: Path) -> list[bytes]:
@@ -109,10 +101,10 @@ def environments_below(directory: Path) -> list[bytes]:
     return found
 
 
-async def test_the_server_gets_an_environment_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_server_gets_an_environment_of_its_own(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_API_KEY", "open sesame")
-    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path))) as backend:
-        environments = environments_below(tmp_path)
+    async with create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(short_path))) as backend:
+        environments = environments_below(short_path)
         assert environments
         assert not any(b"open sesame" in environment for environment in environments)
         async with backend.slot("trajectory") as slot:
@@ -120,39 +112,39 @@ async def test_the_server_gets_an_environment_of_its_own(tmp_path: Path, monkeyp
         assert "open sesame" not in result.output
 
 
-async def test_no_isolation_must_be_asked_for_twice(tmp_path: Path) -> None:
+async def test_no_isolation_must_be_asked_for_twice(short_path: Path) -> None:
     with pytest.raises(BackendConfigError, match="require_sandbox"):
-        await create_tool_backend(BackendOptions(local_isolation="none", local_data_dir=str(tmp_path))).start()
-    options = BackendOptions(local_isolation="none", require_sandbox=False, local_slots=1, local_data_dir=str(tmp_path))
+        await create_tool_backend(BackendOptions(local_isolation="none", local_data_dir=str(short_path))).start()
+    options = BackendOptions(local_isolation="none", require_sandbox=False, local_slots=1, local_data_dir=str(short_path))
     async with create_tool_backend(options) as backend, backend.slot("trajectory") as slot:
         result = await backend.execute(slot, "bash", {"command": "echo hi"})
         assert (result.output, result.metadata["sandboxed"]) == ("hi\n", False)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(short_path) == []
 
 
-async def test_a_server_that_cannot_start_says_why(tmp_path: Path, remains: Remains, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_cannot_start_says_why(short_path: Path, remains: Remains, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bubblewrap on PATH the server refuses, and its reason and remedy are the exception's text."""
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(short_path))
     with pytest.raises(BackendConfigError, match="bubblewrap") as caught:
-        await create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(tmp_path / "data"))).start()
+        await create_tool_backend(BackendOptions(local_slots=1, local_data_dir=str(short_path / "data"))).start()
     assert "\n" not in str(caught.value)
-    assert remains(tmp_path / "data") == []
+    assert remains(short_path / "data") == []
 
 
-async def test_a_directory_that_is_too_deep(tmp_path: Path) -> None:
+async def test_a_directory_that_is_too_deep(short_path: Path) -> None:
     with pytest.raises(BackendConfigError, match="local_data_dir"):
-        await create_tool_backend(BackendOptions(local_data_dir=str(tmp_path / ("x" * 100)))).start()
-    assert os.listdir(tmp_path) == []
+        await create_tool_backend(BackendOptions(local_data_dir=str(short_path / ("x" * 100)))).start()
+    assert os.listdir(short_path) == []
 
 
-async def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    os.close(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY))
+async def test_a_directory_that_cannot_be_made(short_path: Path) -> None:
+    os.close(os.open(short_path / "file", os.O_CREAT | os.O_WRONLY))
     with pytest.raises(BackendConfigError, match="file"):
-        await create_tool_backend(BackendOptions(local_data_dir=str(tmp_path / "file"))).start()
+        await create_tool_backend(BackendOptions(local_data_dir=str(short_path / "file"))).start()
 
 
 @pytest.mark.parametrize("mode", ["docker", "nomad", "modal"])
-def test_modes_that_this_version_lacks(mode: Any) -> None:
+def test_modes_that_this_version_lacks(mode: str) -> None:
     with pytest.raises(BackendConfigError, match=f"tool_pool_mode: '{mode}'.*available: local") as caught:
         create_tool_backend(BackendOptions(tool_pool_mode=mode))
     assert "\n" not in str(caught.value)
@@ -161,7 +153,6 @@ def test_modes_that_this_version_lacks(mode: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"tool_pool_mode": "cloud"},
         {"local_slotz": 3},
         {"local_slots": 0},
         {"local_isolation": "chroot"},
@@ -177,64 +168,3 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 def test_the_public_names_exist() -> None:
     assert sorted(backends.__all__) == backends.__all__
     assert all(hasattr(backends, name) for name in backends.__all__)
-
-
-@pytest.fixture
-def directory_of_nobody() -> Iterator[Path]:
-    """A directory that belongs to the user `nobody`. `tmp_path` is below one that pytest closes to all other users."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user; the suite itself has run as an ordinary user already")
-    with tempfile.TemporaryDirectory(prefix="hermes-") as name:
-        shutil.chown(name, "nobody", "nogroup")
-        yield Path(name)
-
-
-@pytest.fixture
-def interpreter_of_nobody(directory_of_nobody: Path) -> Path:
-    """A Python with the packages of this one, that the user `nobody` can run."""
-    packages = [str(CHECKOUT), *(path for path in sys.path if path.endswith("-packages"))]
-    # It has to be able to start itself: setpriv, which was root a moment ago, can start more.
-    check = "import subprocess, sys, aiohttp, pytest, backends; subprocess.run([sys.executable, '-c', ''], check=True);"
-    check += f"sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
-    environment = directory_of_nobody / "environment"
-    for candidate in (os.path.realpath(sys.executable), "/usr/bin/python3"):
-        made = subprocess.run([candidate, "-m", "venv", "--without-pip", "--clear", environment], check=False)
-        if made.returncode == 0:
-            (site,) = environment.glob("lib/python*/site-packages")
-            (site / "borrowed.pth").write_text("\n".join(packages))
-            run = [*AS_NOBODY, environment / "bin/python", "-c", check]
-            if subprocess.run(run, cwd="/", capture_output=True, check=False).returncode == 0:
-                return environment / "bin/python"
-    pytest.skip("there is no Python of this version, with its packages, that the user nobody can run")
-
-
-def test_the_suite_as_an_ordinary_user(interpreter_of_nobody: Path, directory_of_nobody: Path) -> None:
-    """The conformance suite again, in a process without any privilege."""
-    names = ("test_conformance.py", "test_recovery.py", "test_workspaces.py")
-    suites = [Path(__file__).with_name(name) for name in names]
-    # Of the slow cases, those that depend on who the user is.
-    chosen = "not again and not start and not batching and not while_waiting"
-    options = [
-        "-q",
-        "-x",
-        "-k",
-        chosen,
-        "-c",
-        CHECKOUT / "pyproject.toml",
-        "-p",
-        "no:cacheprovider",
-        "--basetemp",
-        directory_of_nobody / "t",
-    ]
-    done = subprocess.run(
-        [*AS_NOBODY, interpreter_of_nobody, "-m", "pytest", *suites, *options],
-        cwd="/",
-        env={"PATH": os.environ["PATH"], "HOME": str(directory_of_nobody), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout

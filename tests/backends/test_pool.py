@@ -11,7 +11,7 @@ import pytest
 from backends.base import Layer, Slot, Snapshot
 from backends.dispatch import Dispatcher
 from backends.errors import AcquireTimeoutError, SandboxUnavailableError, SlotLostError, SnapshotError
-from backends.pool import SlotPool
+from backends.pool import SlotLimits, SlotPool
 from backends.sandbox import Sandbox
 
 Start = Callable[..., Awaitable[Any]]
@@ -23,11 +23,13 @@ class Resets:
     def __init__(self) -> None:
         self.broken: set[str] = set()
         self.seen: list[tuple[str, str | None, bool]] = []
+        self.memory: list[int | None] = []
 
     async def reply(self, visit: Any) -> None:
         slot_id = visit.payload["slot_id"]
         if visit.route == "/reset":
             self.seen.append((slot_id, visit.payload["layer"], visit.payload["network"]))
+            self.memory.append(visit.payload["memory_bytes"])
         if slot_id in self.broken:
             await visit.answer({"kind": "slot_failed", "error": "the disk is full"}, status=502)
         else:
@@ -118,8 +120,37 @@ async def test_a_reset_may_take_the_network_away(lying_server: Start) -> None:
     _, resets = await house.add("only", 1)
     slot = await house.pool.acquire("trajectory", None)
     for network in (None, False, True):
-        await house.pool.reset(slot, None, network)
+        await house.pool.reset(slot, None, SlotLimits(network))
     assert [seen[2] for seen in resets.seen] == [True, True, False, True]
+    await house.pool.close()
+
+
+async def test_a_slot_has_the_limits_that_were_asked_for_until_it_is_released(
+    lying_server: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = House(lying_server)
+    _, resets = await house.add("only", 1)
+    slot = await house.pool.acquire("trajectory", None, SlotLimits(network=True, memory_bytes=1 << 30))
+    for limits in (SlotLimits(), SlotLimits(False), SlotLimits(None, 1 << 29), SlotLimits()):
+        await house.pool.reset(slot, None, limits)
+    house.pool.release(slot)
+    slot = await house.pool.acquire("trajectory", None)
+    # When it was added; for the first trajectory; its own resets; when it was released.
+    assert [seen[2] for seen in resets.seen] == [False, True, True, False, True, True, False]
+    assert resets.memory == [None, 1 << 30, 1 << 30, 1 << 30, 1 << 29, 1 << 30, None]
+    # This server does not say that it limits the memory of slots.
+    assert [record.message for record in caplog.records] == [
+        "memory_bytes limits each process and not a slot: only has no control groups"
+    ]
+    await house.pool.close()
+
+
+async def test_a_layer_is_built_without_the_limits_of_its_user(lying_server: Start) -> None:
+    house = House(lying_server)
+    _, resets = await house.add("only", 1)
+    await house.pool.acquire("trajectory", Layer("layer", build_nothing), SlotLimits(memory_bytes=1 << 30))
+    assert resets.seen[1:] == [("slot_0", None, True), ("slot_0", "layer", False)]
+    assert resets.memory[1:] == [None, 1 << 30]
     await house.pool.close()
 
 

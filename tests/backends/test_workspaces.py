@@ -72,6 +72,7 @@ async def test_a_repository_in_a_layer_is_trusted_by_git(provider: Any) -> None:
             )
 
 
+@pytest.mark.any_user
 async def test_layers_without_room_are_built_again(provider: Any) -> None:
     """Room for two of six layers, upon a base each, wanted by eight at a time."""
     builds: Counter[str] = Counter()
@@ -129,8 +130,14 @@ async def test_a_snapshot_forks_a_slot(provider: Any) -> None:
 
 async def test_a_snapshot_waits_for_calls_and_not_for_other_slots(provider: Any) -> None:
     async with provider.make(slots=2) as backend, backend.slot("one") as one, backend.slot("two") as two:
-        slow = asyncio.create_task(bash(backend, one, "echo half > file; sleep 0.5; echo whole > file"))
-        await asyncio.sleep(0.1)
+        # Whatever a call takes on this machine at this moment, a slow one takes several times as long.
+        start = asyncio.get_running_loop().time()
+        await bash(backend, two, "true")
+        pause = 1 + 10 * (asyncio.get_running_loop().time() - start)
+        slow = asyncio.create_task(bash(backend, one, f"echo half > file; sleep {pause}; echo whole > file"))
+        for _ in range(1000):
+            if (await backend.list_artifacts(one)).entries:
+                break
         taken = asyncio.create_task(backend.snapshot(one))
         await bash(backend, two, "true")
         assert not taken.done()
@@ -151,6 +158,7 @@ async def test_a_snapshot_without_room_is_refused_and_harms_nobody(provider: Any
         assert await bash(backend, slot, "wc -c < file") == f"{1 << 20}\n"
 
 
+@pytest.mark.any_user
 async def test_a_snapshot_dies_with_its_sandbox(provider: Any) -> None:
     async with provider.make(slots=1) as backend:
         async with backend.slot("one") as slot:

@@ -9,9 +9,8 @@ import pytest
 import pytest_asyncio
 from atroposlib.envs.base import APIServerConfig
 
-from hermes_envs.env import AgentTask
 from hermes_envs.rollouts.trajectory import Score
-from hermes_envs.swe_smith import SweSmithConfig, SweSmithEnv, SweTask
+from hermes_envs.swe_smith import SweRow, SweSmithConfig, SweSmithEnv, SweTask
 from hermes_envs.tools.call import ToolCall
 from tests.grading.cheats import CHEATS, Cheat
 from tests.support.small_task import BUGGY, write_task_folder
@@ -24,10 +23,10 @@ class ScriptedEnv(SweSmithEnv):
 
     script: tuple[ToolCall, ...] = ()
 
-    async def build_task(self, item: SweTask) -> AgentTask:
+    async def build_task(self, item: SweRow) -> SweTask:
         return dataclasses.replace(await super().build_task(item), reference=self.script)
 
-    async def solution(self, item: SweTask) -> tuple[ToolCall, ...]:
+    async def solution(self, item: SweRow) -> tuple[ToolCall, ...]:
         """The reference solution."""
         return tuple((await super().build_task(item)).reference or ())
 

@@ -41,7 +41,7 @@ class CommandLine:
         status = ended.value.code
         return Done(status if isinstance(status, int) else int(status is not None), output.out, output.err)
 
-    def process(self, **options: object) -> Done:
+    def process(self, *, config: str | None = None, **options: object) -> Done:
         """`process` with the oracle on the small task, unless the options say otherwise."""
         defaults = {
             "dataset_name": "tasks",
@@ -52,7 +52,8 @@ class CommandLine:
             "data_path_to_save_groups": "out/groups.jsonl",
             "cache_directory": "cache",
         }
-        return self.run("process", *(f"--env.{name}={value}" for name, value in {**defaults, **options}.items()))
+        file = [] if config is None else ["--config", config]
+        return self.run("process", *file, *(f"--env.{name}={value}" for name, value in {**defaults, **options}.items()))
 
 
 @pytest.fixture
@@ -111,7 +112,8 @@ def test_without_an_endpoint_it_says_so_and_names_the_demo(command_line: Command
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tool_pool_mode": "podman"}, "tool_pool_mode"),
+        ({"tool_pool_mode": "podman"}, "tool_pool_mode: 'podman' is not available in this version; available: local"),
+        ({"tool_pool_mode": "nowhere:Backend"}, "tool_pool_mode: 'nowhere:Backend' cannot be imported"),
         ({"policy": "guess"}, "policy"),
         ({"enabled_toolsets": "browser"}, "enabled_toolsets: unknown toolset 'browser'"),
         ({"agent_max_steps": "0"}, "agent_max_steps"),
@@ -135,7 +137,7 @@ def test_bad_options_are_one_line(command_line: CommandLine, tmp_path: Path, opt
         ("env: [", "config.yaml is not YAML"),
         ("- env", "expected sections"),
         ("env:\n  polcy: oracle\n", "unknown key env.polcy"),
-        ("environment:\n  policy: oracle\n", "unknown key environment"),
+        ("environment:\n  policy: oracle\n", "unknown section environment"),
         ("openai:\n  - modelname: x\n", "unknown key openai.modelname"),
         ("env:\n  group_size: many\n  policy: oracle\n", "group_size"),
     ],
@@ -144,6 +146,38 @@ def test_bad_config_files_are_one_line(command_line: CommandLine, tmp_path: Path
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
     assert words in error_of(command_line.run("process", "--config", "config.yaml"))
+
+
+OTHER = "tests.support.other_backend:OtherBackend"
+
+
+def test_a_backend_of_another_package_has_flags_and_keys_of_its_own(command_line: CommandLine, tmp_path: Path) -> None:
+    write_task_folder(tmp_path / "tasks")
+    done = command_line.process(tool_pool_mode=OTHER, other_file="trace")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "trace").read_text() == "started"
+    config = {"env": {"tool_pool_mode": OTHER, "other_file": "from file", "other_words": ["as", "configured"]}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    done = command_line.process(config="config.yaml", other_file="from flag")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "from flag").read_text() == "as configured"
+    assert not (tmp_path / "from file").exists()
+
+
+def test_options_belong_to_the_backend_that_is_chosen(command_line: CommandLine, tmp_path: Path) -> None:
+    write_task_folder(tmp_path / "tasks")
+    (tmp_path / "config.yaml").write_text(json.dumps({"env": {"tool_pool_mode": OTHER, "other_files": "trace"}}))
+    assert "unknown key env.other_files" in error_of(command_line.process(config="config.yaml"))
+    assert "other_file: none is named" in error_of(command_line.process(tool_pool_mode=OTHER))
+    # The flag wins over the file, whose key means nothing then.
+    (tmp_path / "config.yaml").write_text(json.dumps({"env": {"tool_pool_mode": OTHER, "other_file": "trace"}}))
+    assert "unknown key env.other_file" in error_of(command_line.process(config="config.yaml", tool_pool_mode="local"))
+
+
+def test_the_flags_of_a_backend_are_explained(command_line: CommandLine) -> None:
+    done = command_line.run("process", "--env.tool_pool_mode", OTHER, "--help")
+    assert (done.returncode, "--env.other_words" in done.stdout) == (0, True)
+    assert "--env.other_words" not in command_line.run("process", "--help").stdout
 
 
 def test_unknown_flags_are_refused(command_line: CommandLine, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import yaml
 from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentEnv
+from hermes_envs.environments import ENVIRONMENTS
 from hermes_envs.errors import ConfigError
 from hermes_envs.serving.serving import check_options
 from hermes_envs.train.options import TrainingConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-MODULES = {
+ENVIRONMENT = {
     "gsm8k_agent": "gsm8k_agent",
     "simple_qa": "simple_qa",
     "smoke": "smoke",
@@ -37,13 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are using a local Base URL:U
 
 
 def environment_class(name: str) -> type[AgentEnv]:
-    module = importlib.import_module(f"hermes_envs.{MODULES[name]}")
-    [kind] = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, AgentEnv) and value.__module__ == module.__name__
-    ]
-    return kind
+    return ENVIRONMENTS.load(ENVIRONMENT[name])
 
 
 def sections(name: str) -> dict[str, Any]:
@@ -81,10 +75,10 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MODULES) == set(SMALL)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ENVIRONMENT) == set(SMALL)
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_process_with_the_reference_solution(command_line: CommandLine, tmp_path: Path, name: str) -> None:
     flags = ("--env.policy=oracle", "--env.group_size=1", "--env.use_wandb=false", "--env.total_steps=2")
     where = ("--env.data_path_to_save_groups=out.jsonl", f"--env.cache_directory={tmp_path / 'cache'}")
@@ -94,7 +88,7 @@ def test_process_with_the_reference_solution(command_line: CommandLine, tmp_path
     assert {score for group in groups for score in group["scores"]} == {1.0}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_what_a_trainer_and_its_environment_must_agree_on(name: str) -> None:
     content = sections(name)
     assert set(content) == {"env", "openai", "tinker"}
@@ -110,7 +104,7 @@ def test_what_a_trainer_and_its_environment_must_agree_on(name: str) -> None:
     assert server["base_url"] == f"http://localhost:{training.tinker.inference_port}/v1"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_there_is_a_slot_for_each_rollout_of_serve(name: str) -> None:
     """Else rollouts wait for slots that others of their groups hold, and run into `acquire_timeout_s`."""
     env = sections(name)["env"]
@@ -130,7 +124,7 @@ def test_files_for_a_first_try_need_no_model(name: str) -> None:
     assert sections(name)["env"]["policy"] == "oracle"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 @pytest.mark.parametrize("section", ["env", "openai"])
 def test_an_unknown_key_is_one_line(command_line: CommandLine, tmp_path: Path, name: str, section: str) -> None:
     content = sections(name)
@@ -140,7 +134,7 @@ def test_an_unknown_key_is_one_line(command_line: CommandLine, tmp_path: Path, n
     assert line == f"error: config: changed.yaml: unknown key {section}.polcy"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_a_missing_section_is_one_line(command_line: CommandLine, tmp_path: Path, name: str) -> None:
     content = sections(name)
     del content["openai"]

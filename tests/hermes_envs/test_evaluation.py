@@ -17,7 +17,7 @@ from atroposlib.envs.base import APIServerConfig
 from hermes_envs.errors import ConfigError, NothingCollectedError
 from hermes_envs.gsm8k_agent import Gsm8kAgentEnv
 from hermes_envs.policies.token_record import TokenRecord
-from hermes_envs.rollouts.group import Group, InfrastructureFailure
+from hermes_envs.rollouts.group import FailedRollout, Group
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
 from hermes_envs.runs.evaluation import Evaluation, evaluate, pass_at_k
 from hermes_envs.simple_qa import QUESTIONS, SimpleQaConfig, SimpleQaEnv
@@ -38,7 +38,7 @@ def group(*scores: float, failures: int = 0) -> Group:
         Trajectory(f"t-{number}", [], TokenRecord(f"t-{number}"), "stop", 1, ToolCounts(), Stopwatch(), Score(score, ""))
         for number, score in enumerate(scores)
     ]
-    lost = [InfrastructureFailure(f"f-{number}", "gone", 1) for number in range(failures)]
+    lost = [FailedRollout(f"f-{number}", "gone", 1) for number in range(failures)]
     return Group("g", tuple(trajectories), tuple(lost))
 
 

@@ -7,12 +7,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from hermes_envs.errors import NothingCollectedError
+from hermes_envs.errors import EnvironmentDefectError, NothingCollectedError
 from hermes_envs.policies.token_record import TokenRecord
-from hermes_envs.rollouts.group import Group, InfrastructureFailure
+from hermes_envs.rollouts.group import Blame, FailedRollout, Group
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
-from hermes_envs.runs.group_queue import GroupQueue
-from hermes_envs.runs.summary import Reporter, Summary
+from hermes_envs.runs.group_queue import GroupQueue, QueueOptions
+from hermes_envs.runs.reporter import Reporter
+from hermes_envs.runs.summary import Summary
 
 
 def trajectory(score: float = 1.0) -> Trajectory:
@@ -23,8 +24,8 @@ def collected(name: str, *scores: float) -> Group:
     return Group(name, tuple(trajectory(score) for score in scores), ())
 
 
-def lost(name: str, reason: str = "broken") -> Group:
-    return Group(name, (), (InfrastructureFailure(f"{name}-0", reason, 1),))
+def lost(name: str, reason: str = "broken", blame: Blame = "infrastructure") -> Group:
+    return Group(name, (), (FailedRollout(f"{name}-0", reason, 1, blame),))
 
 
 class Run:
@@ -41,7 +42,7 @@ class Run:
         async def next_item() -> int | None:
             return next(numbers, None)
 
-        async def collect_group(item: int) -> Group:
+        async def collect_group(item: int, size: int) -> Group:
             self.running += 1
             self.most_running = max(self.most_running, self.running)
             try:
@@ -55,9 +56,8 @@ class Run:
             self.saved.append(item)
 
         reporter = Reporter("test", Console(file=self.output, width=200))
-        self.queue = GroupQueue(
-            next_item, collect_group, lambda item, reason: lost(str(item), reason), save, reporter, concurrency, attempts
-        )
+        options = QueueOptions(max_concurrent_groups=concurrency, group_attempts=attempts)
+        self.queue = GroupQueue(next_item, collect_group, str, save, reporter, 1, options)
 
     async def run(self, groups: int = 1000) -> Summary:
         await self.queue.run(groups, self.summary)
@@ -95,25 +95,25 @@ async def test_a_group_that_somebody_cancels_is_tried_again() -> None:
             task.cancel()
         return collected(str(item), 1.0)
 
-    async def cancel_itself_first(item: int) -> Group:
+    async def cancel_itself_first(item: int, size: int) -> Group:
         group = collect(item, run.calls.setdefault(item, 0) + 1)
         run.calls[item] += 1
         await asyncio.sleep(0)
         return group
 
     run = Run(6, collect)
-    run.queue.collect = cancel_itself_first
+    run.queue.roll_out = cancel_itself_first
     summary = await run.run()
     assert summary.groups == 6
     assert run.calls[3] == 2
 
 
 async def test_a_group_cancelled_every_time_is_an_infrastructure_error() -> None:
-    async def cancelled(item: int) -> Group:
+    async def cancelled(item: int, size: int) -> Group:
         raise asyncio.CancelledError
 
     run = Run(1, lambda item, attempt: lost(str(item)))
-    run.queue.collect = cancelled
+    run.queue.roll_out = cancelled
     summary = await run.run()
     assert (summary.groups, summary.failed_groups, summary.infrastructure_errors) == (0, 1, 1)
 
@@ -123,6 +123,40 @@ async def test_a_run_in_which_nothing_works_ends_early_with_the_reason() -> None
     with pytest.raises(NothingCollectedError, match=r"first 3 groups failed.*connection refused"):
         await run.run()
     assert len(run.calls) < 10
+
+
+@pytest.mark.parametrize("scores", [(), (1.0,)], ids=["no trajectory", "one trajectory"])
+async def test_a_run_in_which_every_group_has_a_defect_ends_early_with_it(scores: tuple[float, ...]) -> None:
+    def collect(item: int, attempt: int) -> Group:
+        broken = lost(str(item), "defect in Words: KeyError: 'text'", "defect")
+        return Group(broken.name, collected(broken.name, *scores).trajectories, broken.failures)
+
+    run = Run(1000, collect, concurrency=2)
+    with pytest.raises(EnvironmentDefectError, match=r"first 3 groups .*defect in Words: KeyError"):
+        await run.run()
+    assert set(run.calls.values()) == {1}, "a defect is not worth another try"
+    assert len(run.calls) < 10
+    assert (run.summary.infrastructure_errors, len(run.summary.defects)) == (0, 3)
+    assert len(run.saved) == 3 * len(scores), "what was collected is kept"
+
+
+async def test_a_defect_of_some_groups_does_not_end_the_run() -> None:
+    run = Run(12, lambda item, attempt: lost(str(item), "KeyError", "defect") if item % 2 else collected(str(item), 1.0))
+    summary = await run.run()
+    assert (summary.groups, summary.failed_groups, len(summary.defects)) == (6, 6, 6)
+    run.queue.reporter.conclude(summary)
+    assert "│ defects of the environment" in run.output.getvalue()
+    assert "infrastructure error:" not in run.output.getvalue()
+
+
+@pytest.mark.parametrize("blame", ["task", "unscored", "defect"])
+async def test_what_would_only_fail_again_is_not_tried_again(blame: Blame) -> None:
+    run = Run(4, lambda item, attempt: lost(str(item), "for good", blame) if item == 2 else collected(str(item), 1.0))
+    summary = await run.run()
+    assert run.calls == dict.fromkeys(range(4), 1)
+    assert summary.failed_groups == 1
+    assert summary.set_aside == ({"2": "for good"} if blame == "task" else {})
+    assert len(summary.unscored) == (blame == "unscored")
 
 
 async def test_cancelling_the_run_cancels_every_group() -> None:

@@ -21,13 +21,14 @@ from atroposlib.envs.base import APIServerConfig
 from rich.console import Console
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.runs.group_queue import GroupQueue
-from hermes_envs.runs.summary import Reporter
+from hermes_envs.runs.reporter import Reporter
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
 from tests.support.processes import below, mentioning
 from tests.support.small_task import write_task_folder
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent.parent
 GROUPS, GROUP_SIZE = 50, 4
@@ -50,8 +51,8 @@ class NoteEnv(AgentEnv):
         reference = [ToolCall(f"c{number}", "terminal", {"command": command}) for number, command in enumerate(commands)]
         return AgentTask(prompt=[{"role": "user", "content": "Write it down."}], reference=reference)
 
-    async def verify_and_score_trajectory(self, item: int, trajectory: Trajectory, workspace: Workspace) -> Score:
-        return Score(float(await workspace.read("note") == str(item).encode()), "the note was read")
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
+        return Score(float(await workspace.read("note") == str(task.item).encode()), "the note was read")
 
 
 async def cause_trouble(environment: AgentEnv, chance: random.Random, struck: dict[str, int]) -> None:
@@ -90,7 +91,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def assert_nothing_is_left(temporary: Path) -> None:
     # wandb makes two directories when it is imported, and removes them unless it is killed.
     leftovers = [path for path in temporary.iterdir() if "wandb" not in path.name]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and (leftovers or mentioning(str(temporary))):
         time.sleep(0.1)
         leftovers = [path for path in leftovers if path.exists()]

@@ -11,7 +11,7 @@ from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
-from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.screen.decoder import AsciinemaStreamDecoder
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
@@ -46,7 +46,7 @@ class TerminalEnv(AgentEnv):
         calls = [ToolCall(f"c{number}", name, arguments) for number, (name, arguments) in enumerate(CALLS)]
         return AgentTask(prompt=[{"role": "user", "content": "Write a note."}], reference=calls)
 
-    async def verify_and_score_trajectory(self, item: str, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         artifact = await workspace.backend.read_artifact(workspace.slot, RECORDING_PATH)
         self.recording = artifact.content
         return Score(float(await workspace.read("project/note") == "written by hand, 漢\n".encode()), "the note")

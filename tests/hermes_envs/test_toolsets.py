@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 
+from hermes_envs.env import AgentEnv
 from hermes_envs.errors import ConfigError
-from hermes_envs.tools.tool import BUILTIN_TOOLS, Tool
+from hermes_envs.tools.tool import Tool
 from hermes_envs.tools.toolsets import Toolsets
 
 
@@ -28,24 +31,48 @@ def test_unknown_name_names_the_option(option: str) -> None:
         Toolsets().resolve(names["enabled_toolsets"], names["disabled_toolsets"])
 
 
+GREET = Tool("greet", "Say hello.", {"type": "object"}, lambda workspace, arguments: ("bash", {"command": "echo hello"}))
+
+
 def test_registered_toolset_with_its_own_tool() -> None:
-    toolsets = Toolsets()
-    greet = Tool("greet", "Say hello.", {"type": "object"}, lambda workspace, arguments: ("bash", {"command": "echo hello"}))
-    toolsets.register("social", ["greet", "filesystem"], [greet])
+    toolsets = Toolsets().register("social", tools=[GREET], includes=["filesystem"])
     assert list(toolsets.resolve(["social"])) == ["greet", "read_file", "write_file"]
-    assert "greet" not in BUILTIN_TOOLS
+    assert toolsets.resolve(["social"])["greet"] is GREET
+    nested = toolsets.register("all", includes=["social", "bash"])
+    assert list(nested.resolve(["all"])) == ["bash", "greet", "read_file", "write_file"]
+
+
+def test_an_environments_toolsets_are_its_own() -> None:
+    class Greeting(AgentEnv):
+        toolsets = AgentEnv.toolsets.register("social", tools=[GREET])
+
+    assert list(Greeting.toolsets.resolve(["social"])) == ["greet"]
+    for others in (AgentEnv.toolsets, Toolsets()):
+        assert "greet" not in others.tools
+        with pytest.raises(ConfigError, match="unknown toolset 'social'"):
+            others.resolve(["social"])
+
+
+def test_nobody_can_change_what_all_environments_share() -> None:
+    with pytest.raises(TypeError):
+        AgentEnv.toolsets.members["social"] = ("bash",)  # type: ignore[index]
+    with pytest.raises(TypeError):
+        AgentEnv.toolsets.tools["greet"] = GREET  # type: ignore[index]
+    with pytest.raises(FrozenInstanceError):
+        AgentEnv.toolsets.members = {}  # type: ignore[misc]
+    given = {"terminal": ("terminal",)}
+    toolsets = Toolsets(members=given)
+    given["terminal"] = ("bash",)
+    assert list(toolsets.resolve(["terminal"])) == ["terminal"]
 
 
 def test_registering_a_taken_name_or_an_unknown_member_is_refused() -> None:
     with pytest.raises(ConfigError, match="exists already"):
-        Toolsets().register("default", [])
+        Toolsets().register("default")
     with pytest.raises(ConfigError, match="neither a tool nor a toolset"):
-        Toolsets().register("new", ["nothing"])
+        Toolsets().register("new", includes=["nothing"])
 
 
 def test_toolsets_that_include_each_other_end() -> None:
-    toolsets = Toolsets()
-    toolsets.register("one", ["terminal"])
-    toolsets.register("two", ["one", "filesystem"])
-    toolsets.members["one"] = ("two",)
-    assert list(toolsets.resolve(["one"])) == ["read_file", "write_file"]
+    toolsets = Toolsets(members={"one": ("two",), "two": ("one", "read_file")})
+    assert list(toolsets.resolve(["one"])) == ["read_file"]

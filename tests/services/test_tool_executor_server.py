@@ -20,13 +20,14 @@ import pytest_asyncio
 from backends import BackendConfigError, create_tool_backend
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.services.trajectory_slots import TrajectorySlots
-from hermes_envs.tool_executor_server import ALIASES, PREFIX, ToolExecutorServer, ToolExecutorServerOptions, serve
+from hermes_envs.tool_executor_server import ALIASES, ToolExecutorServer, ToolExecutorServerOptions, serve
 from hermes_envs.tools.executor import ToolExecutor
 from hermes_envs.tools.external import ExternalToolbox
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.toolsets import Toolsets
 from tests.support.processes import below, mentioning
 from tests.support.services import Client, client_of, refusal, running
+from tests.support.waiting import PATIENCE_S
 
 TOKEN = "a-token"
 MODULE = "hermes_envs.tool_executor_server"
@@ -164,13 +165,13 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
             (b"[" * 100_000, 400, "not JSON"),
             (b" " * 300_000, 413, "more than 200000 bytes"),
             ([], 400, "expected a JSON object, got list"),
-            ({}, 400, "missing field 'trajectory_id'"),
-            (EXECUTE | READ | {"trajectory_id": 7}, 400, "wrong type"),
-            (T | {"slot_id": "slot_0"}, 400, "unknown field 'slot_id'"),
+            ({}, 400, "field 'trajectory_id': Field required"),
+            (EXECUTE | READ | {"trajectory_id": 7}, 400, "field 'trajectory_id': Input should be a valid string"),
+            (T | {"slot_id": "slot_0"}, 400, "field 'slot_id': Extra inputs are not permitted"),
         )
     ),
     *(
-        (route, body | {"trajectory_id": name}, 400, "field 'trajectory_id' must have 1 to 256 printable characters")
+        (route, body | {"trajectory_id": name}, 400, "field 'trajectory_id': must have 1 to 256 printable characters")
         for route, body in (
             ("/execute", EXECUTE),
             ("/release", T),
@@ -180,23 +181,23 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
         )
         for name in ("", "x" * 257, "a\nb", "\0", "\ud800")
     ),
-    ("/execute", T | {"args": {}}, 400, "missing field 'tool'"),
-    ("/execute", T | {"tool": "terminal"}, 400, "missing field 'args'"),
-    ("/execute", EXECUTE | {"args": "true"}, 400, "field 'args' has the wrong type"),
-    ("/execute", EXECUTE | {"tool": None}, 400, "field 'tool' has the wrong type"),
-    ("/execute", EXECUTE | {"timeout": 0}, 400, "field 'timeout' must be above 0"),
-    ("/execute", EXECUTE | {"timeout": 1e9}, 400, "field 'timeout' must be above 0 and at most"),
-    ("/execute", EXECUTE | {"timeout": True}, 400, "field 'timeout' has the wrong type"),
+    ("/execute", T | {"args": {}}, 400, "field 'tool': Field required"),
+    ("/execute", T | {"tool": "terminal"}, 400, "field 'args': Field required"),
+    ("/execute", EXECUTE | {"args": "true"}, 400, "field 'args': Input should be a valid dictionary"),
+    ("/execute", EXECUTE | {"tool": None}, 400, "field 'tool': Input should be a valid string"),
+    ("/execute", EXECUTE | {"timeout": 0}, 400, "field 'timeout': Input should be greater than 0"),
+    ("/execute", EXECUTE | {"timeout": 1e9}, 400, "field 'timeout': Input should be less than or equal to 86400"),
+    ("/execute", EXECUTE | {"timeout": True}, 400, "field 'timeout': Input should be a valid number"),
     (
         "/execute",
         b'{"trajectory_id": "t", "tool": "terminal", "args": {"command": "true"}, "timeout": Infinity}',
         400,
         "Infinity",
     ),
-    ("/release", T | {"reset_workspace": 1}, 400, "field 'reset_workspace' has the wrong type"),
-    ("/artifacts/read", T, 400, "missing field 'path'"),
-    ("/artifacts/read", READ | {"encoding": "utf-16"}, 400, "field 'encoding' has the wrong type"),
-    ("/artifacts/read", READ | {"max_bytes": 1.5}, 400, "field 'max_bytes' has the wrong type"),
+    ("/release", T | {"reset_workspace": 1}, 400, "field 'reset_workspace': Input should be a valid boolean"),
+    ("/artifacts/read", T, 400, "field 'path': Field required"),
+    ("/artifacts/read", READ | {"encoding": "utf-16"}, 400, "field 'encoding': Input should be 'text' or 'base64'"),
+    ("/artifacts/read", READ | {"max_bytes": 1.5}, 400, "field 'max_bytes': Input should be a valid integer"),
     ("/artifacts/read", READ | {"max_bytes": 0}, 400, "field 'max_bytes' must be between 1 and"),
     ("/artifacts/read", READ | {"max_bytes": 10**30}, 400, "field 'max_bytes' must be between 1 and"),
     ("/artifacts/read", READ | {"max_bytes": 2}, 413, "file: 3 bytes, the limit is 2"),
@@ -208,9 +209,9 @@ BAD_REQUESTS: list[tuple[str, object, int, str]] = [
     ("/artifacts/read", READ | {"trajectory_id": "nobody"}, 404, "trajectory 'nobody' has no slot"),
     ("/artifacts/list", T | {"path": "/etc"}, 403, "outside of the workspace"),
     ("/artifacts/list", T | {"path": "file"}, 404, "file: Not a directory"),
-    ("/artifacts/list", T | {"recursive": "yes"}, 400, "field 'recursive' has the wrong type"),
+    ("/artifacts/list", T | {"recursive": "yes"}, 400, "field 'recursive': Input should be a valid boolean"),
     ("/artifacts/list", T | {"max_entries": -1}, 400, "field 'max_entries' must be"),
-    ("/artifacts/archive", T | {"format": "zip"}, 400, "field 'format' has the wrong type"),
+    ("/artifacts/archive", T | {"format": "zip"}, 400, "field 'format': Input should be 'tar.gz' or 'tgz'"),
     ("/artifacts/archive", T | {"path": ".."}, 403, "outside of the workspace"),
     ("/artifacts/archive", T | {"max_bytes": 1}, 413, "the archive has more than 1 bytes"),
 ]
@@ -239,28 +240,29 @@ async def test_without_the_token_nothing_is_answered(client: Client, token: str)
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize(("method", "route"), [("GET", "/execute"), ("POST", "/status"), ("GET", "/"), ("POST", "/reset")])
+@pytest.mark.parametrize(
+    ("method", "route"), [("GET", "/execute"), ("POST", "/status"), ("GET", "/"), ("POST", "/reset"), ("PUT", "/release")]
+)
 async def test_there_are_no_other_routes(client: Client, method: str, route: str) -> None:
-    assert (await client.ask(method, route, {}))[0] == 404
+    assert await client.ask(method, route, {}) == (404, {"kind": "not_found", "error": f"no route {method} {route}"})
 
 
 async def test_an_idle_trajectory_loses_its_slot(tmp_path: Path) -> None:
-    async with serving(tmp_path, idle_timeout_s=0.3) as client:
-        assert (await client.post("/execute", call("touch file; sleep 0.6; ls")))[1]["output"] == "file\n"
+    async with serving(tmp_path, idle_timeout_s=1.5) as client:
+        assert (await client.post("/execute", call("touch file; sleep 2; ls")))[1]["output"] == "file\n"
         assert (await client.post("/artifacts/list", T))[0] == 200
-        await asyncio.sleep(0.7)
-        assert (await client.get("/status"))[1]["pool"]["slots_in_use"] == 0
+        await client.until("/status", lambda status: status["pool"]["slots_in_use"] == 0)
         assert (await client.post("/artifacts/list", T))[0] == 404
         assert (await client.post("/execute", call("ls")))[1]["output"] == ""
 
 
 async def test_trajectories_that_find_no_slot_are_told_and_others_go_on(tmp_path: Path) -> None:
-    async with serving(tmp_path, acquire_timeout_s=0.3) as client:
+    async with serving(tmp_path, acquire_timeout_s=1.5) as client:
         for name in ("a", "b"):
             await client.post("/execute", call("true", name))
         status, answer = await client.post("/execute", call("true", "c"))
         assert (status, answer["kind"]) == (503, "no_slot")
-        assert "acquire_timeout_s=0.3" in answer["error"]
+        assert "acquire_timeout_s=1.5" in answer["error"]
         assert (await client.post("/execute", call("echo a", "a")))[0] == 200
         await client.post("/release", {"trajectory_id": "a"})
         assert (await client.post("/execute", call("echo c", "c")))[1]["output"] == "c\n"
@@ -273,7 +275,7 @@ async def test_a_lost_slot_is_told_and_the_next_call_has_a_fresh_one(tmp_path: P
             if "sandbox_image.server" in process.command:
                 os.kill(process.pid, signal.SIGKILL)
         refused = set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (answer := await client.post("/execute", call("ls; echo here")))[0] != 200:
                 refused.add((answer[0], answer[1]["kind"]))
                 await asyncio.sleep(0.05)
@@ -285,8 +287,7 @@ async def test_a_lost_slot_is_told_and_the_next_call_has_a_fresh_one(tmp_path: P
 async def test_a_release_ends_the_call_that_runs(tmp_path: Path) -> None:
     async with serving(tmp_path) as client:
         call_under_way = asyncio.create_task(client.post("/execute", call("sleep 100", timeout=200)))
-        await asyncio.sleep(0.3)
-        assert (await client.get("/status"))[1]["calls_running"] == 1
+        await client.until("/status", lambda status: status["calls_running"] == 1)
         await client.post("/release", T)
         status, answer = await call_under_way
         assert (status, answer["kind"]) == (409, "slot_lost")
@@ -301,7 +302,7 @@ async def test_the_process_ends_in_order(tmp_path: Path) -> None:
         assert (await service.client.post("/execute", call("echo hi")))[1]["output"] == "hi\n"
         assert (await service.client.get("/status"))[1]["pool"]["slots"] == 1
         call_under_way = asyncio.create_task(service.client.post("/execute", call("sleep 100")))
-        await asyncio.sleep(0.3)
+        await service.client.until("/status", lambda status: status["calls_running"] == 1)
         status, said = await service.end()
         assert status == 0
         assert "Traceback" not in said
@@ -346,7 +347,7 @@ async def test_the_process_offers_the_tools_of_a_tool_server(tmp_path: Path) -> 
 )
 async def test_what_cannot_work_is_named(flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     with pytest.raises((ConfigError, BackendConfigError, ToolServerError), match=re.escape(words)):
-        await serve(ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES))
+        await serve(ToolExecutorServerOptions.read("", flags, variables, ALIASES))
 
 
 async def test_the_process_says_it_in_one_line() -> None:
@@ -356,10 +357,12 @@ async def test_the_process_says_it_in_one_line() -> None:
 
 def test_flags_win_over_variables_and_an_empty_variable_is_none() -> None:
     def read(*flags: str, **variables: str) -> ToolExecutorServerOptions:
-        return ToolExecutorServerOptions.read("", PREFIX, flags, variables, ALIASES)
+        return ToolExecutorServerOptions.read("", flags, variables, ALIASES)
 
     options = read("--local-slots", "3", TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_TOKEN="", UNRELATED="1")
     assert (options.local_slots, options.token, options.port) == (3, None, 9001)
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="6").local_slots == 6
+    assert read(TOOL_EXECUTOR_LOCAL_SLOTS="5", TOOL_EXECUTOR_SLOTS="").local_slots == 5
     assert read(TOOL_EXECUTOR_ENABLED_TOOLSETS="terminal, filesystem").enabled_toolsets == ["terminal", "filesystem"]
     assert read("--allow-network", "true").allow_network
     assert "secret" not in repr(read(TOOL_EXECUTOR_TOKEN="secret", TOOL_EXECUTOR_TOOL_SERVER_TOKEN="secret"))

@@ -16,11 +16,13 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from hermes_envs.errors import ConfigError, ToolServerError
-from hermes_envs.tool_server import PREFIX, ToolServer, ToolServerServiceOptions, load_tools, serve
+from hermes_envs.services.options import ServiceOptions
+from hermes_envs.tool_server import ToolServer, ToolServerServiceOptions, load_tools, serve
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox, ExternalTools
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
 from tests.support.services import Client, client_of, refusal, running
+from tests.support.waiting import PATIENCE_S
 
 TOKEN = "a-token"
 TOOLS = "hermes_envs.tools.sha256:TOOLS"
@@ -93,15 +95,15 @@ BAD_CALLS: list[tuple[object, int, str]] = [
     (b'{"tool": "sha256", "args": {"text": NaN}}', 400, "NaN is not a JSON value"),
     (b" " * 200_000, 413, "more than 100000 bytes"),
     ([], 400, "expected a JSON object, got list"),
-    ({}, 400, "missing field 'tool'"),
-    ({"tool": "sha256"}, 400, "missing field 'args'"),
-    ({"tool": 1, "args": {}}, 400, "field 'tool' has the wrong type"),
-    ({"tool": "sha256", "args": "hi"}, 400, "field 'args' has the wrong type"),
-    ({"tool": "sha256", "args": {}, "timeout": 0}, 400, "field 'timeout' must be above 0"),
-    ({"tool": "sha256", "args": {}, "timeout": "1"}, 400, "field 'timeout' has the wrong type"),
-    ({"tool": "sha256", "args": {}, "timeout": 1e300}, 400, "field 'timeout' must be above 0 and at most"),
-    ({"tool": "sha256", "args": {}, "trajectory_id": 4}, 400, "field 'trajectory_id' has the wrong type"),
-    ({"tool": "sha256", "args": {}, "name": "x"}, 400, "unknown field 'name'"),
+    ({}, 400, "field 'tool': Field required"),
+    ({"tool": "sha256"}, 400, "field 'args': Field required"),
+    ({"tool": 1, "args": {}}, 400, "field 'tool': Input should be a valid string"),
+    ({"tool": "sha256", "args": "hi"}, 400, "field 'args': Input should be a valid dictionary"),
+    ({"tool": "sha256", "args": {}, "timeout": 0}, 400, "field 'timeout': Input should be greater than 0"),
+    ({"tool": "sha256", "args": {}, "timeout": "1"}, 400, "field 'timeout': Input should be a valid number"),
+    ({"tool": "sha256", "args": {}, "timeout": 1e300}, 400, "field 'timeout': Input should be less than or equal to 86400"),
+    ({"tool": "sha256", "args": {}, "trajectory_id": 4}, 400, "field 'trajectory_id': Input should be a valid string"),
+    ({"tool": "sha256", "args": {}, "name": "x"}, 400, "field 'name': Extra inputs are not permitted"),
 ]
 
 
@@ -113,9 +115,19 @@ async def test_a_bad_request_is_refused_with_the_reason(client: Client, body: ob
     assert (await client.get("/health"))[1]["status"] == "ok"
 
 
-@pytest.mark.parametrize(("method", "route"), [("GET", "/execute"), ("POST", "/tools"), ("GET", "/"), ("GET", "/tools/../x")])
+@pytest.mark.parametrize(
+    ("method", "route"),
+    [
+        ("GET", "/execute"),
+        ("POST", "/tools"),
+        ("DELETE", "/tools"),
+        ("GET", "/"),
+        ("GET", "/tools/"),
+        ("GET", "/elsewhere"),
+    ],
+)
 async def test_there_are_no_other_routes(client: Client, method: str, route: str) -> None:
-    assert (await client.ask(method, route, {}))[0] == 404
+    assert await client.ask(method, route, {}) == (404, {"kind": "not_found", "error": f"no route {method} {route}"})
 
 
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN + "x", TOKEN[:-1], "ü"])
@@ -193,7 +205,7 @@ async def test_a_server_that_is_late_is_waited_for() -> None:
     async def late() -> None:
         await asyncio.sleep(0.2)
         async with serving(port=port):
-            await asyncio.sleep(2)
+            await asyncio.sleep(PATIENCE_S)
 
     server = asyncio.create_task(late())
     async with connected(f"http://127.0.0.1:{port}") as tools:
@@ -306,7 +318,7 @@ async def test_the_process_serves_tools_of_ones_own_and_ends_in_order(tmp_path: 
         assert (await service.client.get("/health"))[1]["max_concurrency"] == 3
         assert (await service.client.get("/tools", token=""))[0] == 401
         waiting = asyncio.create_task(service.client.post("/execute", {"tool": "wait", "args": {}}))
-        await asyncio.sleep(0.2)
+        await service.client.until("/health", lambda answer: answer["running"] == 1)
         status, said = await service.end()
         assert (status, said) == (0, "")
         await asyncio.gather(waiting, return_exceptions=True)
@@ -328,7 +340,7 @@ async def test_the_process_serves_tools_of_ones_own_and_ends_in_order(tmp_path: 
 )
 async def test_what_cannot_work_is_named(flags: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        await serve(ToolServerServiceOptions.read("", PREFIX, flags, variables))
+        await serve(ToolServerServiceOptions.read("", flags, variables))
 
 
 async def test_the_process_says_it_in_one_line() -> None:
@@ -339,6 +351,15 @@ async def test_a_token_has_no_flag() -> None:
     status, said = await refusal(MODULE, "--token", "x")
     assert status == 2
     assert "unrecognized arguments: --token" in said
+
+
+def test_only_main_looks_at_the_process_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "TOOL_SERVER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert ServiceOptions().port == 0
+    assert ToolServerServiceOptions().port == 9002
+    assert ToolServerServiceOptions.model_validate({"max_concurrency": 3}).port == 9002
+    assert ToolServerServiceOptions.read("", (), {}).port == 9002
 
 
 def test_tools_can_be_named_alone_or_in_lists() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.policies.token_record import UNTRAINED_MASK
-from hermes_envs.rollouts.trajectory import Score, Trajectory
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.workspace import Workspace
 
 SCORES = 7
@@ -74,15 +74,15 @@ class CountingEnv(AgentEnv):
         """The number is the prompt."""
         return AgentTask(prompt=[{"role": "user", "content": f"Item {item}."}])
 
-    async def setup_trajectory_workspace(self, item: int, workspace: Workspace) -> None:
+    async def setup_trajectory_workspace(self, task: AgentTask, workspace: Workspace) -> None:
         """Fail sometimes."""
-        if item == self.config.broken_item or self._random.random() < self.config.failing_setups:
+        if task.item == self.config.broken_item or self._random.random() < self.config.failing_setups:
             raise SandboxError("the slot broke, as it was told to")
 
-    async def verify_and_score_trajectory(self, item: int, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         """By what was sampled."""
-        await asyncio.sleep(60.0 if item == self.config.slow_item else self.config.grading_seconds)
-        return Score(score_of([mask for segment in trajectory.rollout.segments for mask in segment.masks]), "sampled")
+        await asyncio.sleep(60.0 if task.item == self.config.slow_item else self.config.grading_seconds)
+        return Score(score_of([mask for segment in episode.record.segments for mask in segment.masks]), "sampled")
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Remember when."""

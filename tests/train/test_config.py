@@ -104,18 +104,40 @@ async def test_others_may_not_ask_without_a_key(tmp_path: Path) -> None:
         await run(config, TinkerService(), None)
 
 
+def test_variables_say_where_the_service_is() -> None:
+    given = {"TINKER_BASE_URL": "http://gpu7", "TINKER_API_KEY": "s3cret", "TINKER_TELEMETRY": "0"}
+    service = TinkerService.from_variables(given)
+    assert service.base_url == "http://gpu7"
+    assert service.api_key is not None
+    assert service.api_key.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(service)
+    assert TinkerService.from_variables({"TINKER_BASE_URL": "", "BASE_URL": "http://gpu8"}) == TinkerService()
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         TrainingConfig.load(tmp_path / "none.yaml", {})
 
 
-@pytest.mark.parametrize("name", ["nothing_like_it", "tests.train.nothing", "nowhere.at_all"])
-def test_an_environment_that_there_is_not(name: str) -> None:
+@pytest.mark.parametrize("name", ["tests.train.nothing", "nowhere.at_all", "nowhere.at_all:Environment"])
+def test_a_module_that_there_is_not(name: str) -> None:
     with pytest.raises(ConfigError, match="there is no module"):
         EnvironmentCommand.of(name, Path("some.yaml"), ())
 
 
-def test_an_environment_of_the_package_goes_by_its_name() -> None:
-    command = EnvironmentCommand.of("smoke", Path("some.yaml"), ("--env.total_steps", "3"))
-    assert command.module == "hermes_envs.smoke"
-    assert command.arguments == ("serve", "--config", "some.yaml", "--env.policy", "tokens", "--env.total_steps", "3")
+def test_an_environment_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"'nothing_like_it' is not available.* available: gsm8k_agent, simple_qa, smoke"):
+        EnvironmentCommand.of("nothing_like_it", Path("some.yaml"), ())
+
+
+@pytest.mark.parametrize("name", ["smoke", "tests.support.counting_env:CountingEnv"])
+def test_an_environment_goes_by_its_name(name: str) -> None:
+    command = EnvironmentCommand.of(name, Path("some.yaml"), ("--env.total_steps", "3"))
+    assert command.module == "hermes_envs.environments"
+    assert command.arguments == (name, "serve", "--config", "some.yaml", "--env.policy", "tokens", "--env.total_steps", "3")
+
+
+def test_a_module_is_run_as_it_is() -> None:
+    command = EnvironmentCommand.of("tests.support.counting_env", Path("some.yaml"), ())
+    assert command.module == "tests.support.counting_env"
+    assert command.arguments == ("serve", "--config", "some.yaml", "--env.policy", "tokens")

@@ -6,12 +6,11 @@ python -m tests.train.walk serve --config FILE
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from backends.errors import SandboxError
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.rollouts.trajectory import Score, Trajectory
-from hermes_envs.runs.evaluation import EvaluationOptions, evaluate
+from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.workspace import Workspace
 
 DIRECTIONS = ("north", "east", "south", "west")
@@ -62,26 +61,25 @@ class WalkEnv(AgentEnv):
     async def build_task(self, item: int) -> AgentTask:
         return AgentTask(prompt=[{"role": "user", "content": PROMPT}])
 
-    async def setup_trajectory_workspace(self, item: int, workspace: Workspace) -> None:
+    async def setup_trajectory_workspace(self, task: AgentTask, workspace: Workspace) -> None:
         for path, content in (("walk", SCRIPT), ("position", CORRIDOR[0])):
             written = await workspace.write(path, content.encode())
             if not written.success:
                 raise SandboxError(f"{path} cannot be written: {written.error}")
 
-    async def verify_and_score_trajectory(self, item: int, trajectory: Trajectory, workspace: Workspace) -> Score:
+    async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         """Judge by the position that the sandbox has, whatever the model has said."""
         position = (await workspace.read("position")).decode().strip()
         if position not in CORRIDOR:
             return Score(0.0, f"not in the corridor: {position[:20]!r}")
         way = len(CORRIDOR) - 1
         walked = CORRIDOR.index(position) / way
-        steps = min(trajectory.tool_counts.executed_ok, way) / way
-        return Score((walked + steps) / 2, f"{trajectory.tool_counts.executed_ok} steps, at {position}")
+        steps = min(episode.tool_counts.executed_ok, way) / way
+        return Score((walked + steps) / 2, f"{episode.tool_counts.executed_ok} steps, at {position}")
 
-    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Walk a few more times."""
-        items = [await self.get_next_item() for _ in range(EVALUATED)]
-        await evaluate(self, items, EvaluationOptions(eval_group_size=self.config.group_size, num_eval_tasks=EVALUATED))
+    def held_out_items(self) -> list[int]:
+        """A few more walks."""
+        return [next(self._numbers) for _ in range(EVALUATED)]
 
 
 if __name__ == "__main__":
