@@ -30,13 +30,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from hermes_envs.errors import HermesEnvsError
-from hermes_envs.policies.base import TokensOptions
-from hermes_envs.policies.tokens import TokensPolicy
 from hermes_envs.rendering.choice import create_chat_renderer
 from tests.engine.conversations import OUTPUTS, Played, check_against_template, check_record, play
 from tests.engine.engine import Dialect, Engine
 from tests.engine.families import FAMILIES, Family
-from tests.engine.servers import server_manager
+from tests.engine.servers import policy_for
 from tests.engine.speech import FamilySpeech
 from tests.engine.tokenizer import make_tokenizer
 from tests.engine.turns import TOOLS, Turns
@@ -73,8 +71,7 @@ async def soak_family(family: Family, calls: int, seed: int, folder: Path) -> Ac
         speech = FamilySpeech(tokenizer, turns, seed + batch)
         rollouts = min(AT_ONCE, -(-(calls - account.calls) // TURNS))
         async with Engine(tokenizer, dialect, speech, favoured=[*renderer.stop_texts, *family.tags]) as engine:
-            server = server_manager(tokenizer, engine.base_url, server_type=dialect)
-            policy = TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=100, renderer=family.option))
+            policy = policy_for(engine, tokenizer, agent_max_tokens=100, renderer=family.option)
             numbers = range(seed + batch * AT_ONCE, seed + batch * AT_ONCE + rollouts)
             results = await asyncio.gather(
                 *(play(policy, number, tools=tools, turns=TURNS, outputs=outputs) for number in numbers), return_exceptions=True
@@ -84,8 +81,8 @@ async def soak_family(family: Family, calls: int, seed: int, folder: Path) -> Ac
             if not isinstance(failure, HermesEnvsError):
                 raise failure
             account.mismatches.append(f"{type(failure).__name__}: {failure}")
-        segments = [segment for one in played for segment in one.conversation.rollout.segments]
-        account.calls += sum(one.conversation.rollout.engine_calls for one in played)
+        segments = [segment for one in played for segment in one.conversation.record.segments]
+        account.calls += sum(one.conversation.record.engine_calls for one in played)
         account.segments += len(segments)
         note_mismatch(account, lambda engine=engine, segments=segments: check_record(engine, segments))  # type: ignore[misc]
         for one in played if family.templates else ():

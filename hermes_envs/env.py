@@ -29,7 +29,6 @@ from hermes_envs.env_config import AgentEnvConfig
 from hermes_envs.errors import ConfigError, EnvironmentBuildError
 from hermes_envs.policies import create_policy
 from hermes_envs.policies.base import Policy
-from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.rollouts.agent import Agent, AgentOptions
 from hermes_envs.rollouts.blame import Result, attempt
 from hermes_envs.rollouts.group import FailedRollout, Group
@@ -80,6 +79,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     needs_sandbox: ClassVar[bool] = True
     """Whether trajectories get a slot of a backend; without one, their tools are those of a tool server alone."""
 
+    server_cls = UnusedServer
+
     config: AgentEnvConfig
     backend: ToolBackend
     policy: Policy
@@ -92,17 +93,15 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         slurm: bool = False,
         testing: bool = False,
     ) -> None:
-        self._servers = usable_endpoints(config.policy, server_configs)
+        servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
         _check_stateful_tools(config, self.executor)
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
-        if config.policy == "tokens":
-            self.server_cls = exact_server_class(self._servers)
-        else:
+        if config.policy != "tokens":
             config.tokenizer_name = str(PLACEHOLDER_TOKENIZER)
-            self.server_cls = UnusedServer
-        super().__init__(config, self._servers, slurm=slurm, testing=testing)
+        # What atroposlib calls testing are answers made up by its own clients, which no policy asks.
+        super().__init__(config, servers, slurm=slurm)
         self.summary = Summary()
         self.process_mode = False
         self.n_groups_to_process = 0
@@ -110,7 +109,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
 
     @classmethod
     def config_init(cls) -> tuple[AgentEnvConfig, list[APIServerConfig]]:
-        """The defaults: no endpoint. Health checks cost a completion a second and hang without a route: off."""
+        """The defaults: no endpoint, and no health check: a rollout whose engine is away fails soon instead of waiting."""
         return cls.env_config_cls(), [APIServerConfig(base_url="", health_check=False)]
 
     @classmethod
@@ -137,7 +136,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     @property
     def models(self) -> list[str]:
         """The names of the models that are asked."""
-        return [server.model_name for server in self._servers]
+        return self.policy.endpoints.models
 
     @abstractmethod
     async def get_next_item(self) -> Any:
@@ -295,9 +294,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         assert task is not None
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
-            self.policy = create_policy(
-                self.config, server=lambda: self.server, tokenizer=lambda: self.tokenizer, server_configs=self._servers
-            )
+            # atroposlib has made one of each config, or with `slurm` one for each node.
+            self.policy = create_policy(self.config, [server.config for server in self.server.servers], self.tokenizer)
             async with (
                 aclosing(self.policy),
                 external_tools(self.config, self.own_external_tools) as external,
@@ -339,9 +337,9 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         # atroposlib warns about each group while it knows no limit.
         self.max_token_len = trainer.max_token_len if trainer.max_token_len > 0 else self.config.max_token_length
 
-    async def limit_requests(self, weight: float) -> None:
+    def limit_requests(self, weight: float) -> None:
         """As `ServedEnvironment.limit_requests`."""
-        await self.server.update_weight(weight)
+        self.policy.endpoints.limit_requests(weight)
 
     async def collect_trajectories(self, item: Any) -> tuple[list[dict[str, Any]] | None, list[Any]]:
         """As `ServedEnvironment.collect_trajectories`: items of exactly the registered size, or None."""
@@ -414,6 +412,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         """Send metrics, if that is wanted and somebody has logged in."""
         if self.config.use_wandb:
             self.config.use_wandb = await asyncio.to_thread(start_wandb, project, name, self.config.model_dump(), group)
+
+    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        """atroposlib's hook, with how long requests to the engine take."""
+        await super().wandb_log({**self.policy.endpoints.metrics(), **(wandb_metrics or {})})
 
 
 class OrderedEnv(AgentEnv):

@@ -12,8 +12,10 @@
     ├── TaskBuildError            a package or tree cannot be made into tasks
     ├── TrainingError             a training run cannot go on: a service that it needs is gone, or a process of it has ended
     ├── ToolServerError           the external tool server failed: it does not answer, or not with a result
-    └── EngineError               the inference engine failed: refused, timed out, or answered what cannot be training data
-        └── InexactRolloutError   the record of a rollout would not be what the engine saw and produced
+    └── EngineError               the inference engine failed; `retryable` says whether another rollout may succeed
+        ├── EngineUnavailableError    it cannot be reached, broke off, or is overloaded: the same request may succeed later
+        ├── EngineRefusalError        it refuses the request, and would refuse it again
+        └── InexactRolloutError       the record of a rollout would not be what the engine saw and produced
 
 `backends.errors.SandboxError` stands beside this tree: it is raised through this package unchanged. `EngineError`,
 `ToolServerError`, `PhaseTimeoutError` and `SandboxError` are infrastructure: a trajectory that ends in one is tried again or
@@ -21,6 +23,8 @@ dropped and counted, never scored 0.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class HermesEnvsError(Exception):
@@ -72,8 +76,32 @@ class ToolServerError(HermesEnvsError):
 
 
 class EngineError(HermesEnvsError):
-    """The inference engine refused, timed out, or answered something that cannot become training data."""
+    """The inference engine timed out, or answered something that cannot be used.
+
+    `retryable` is whether another rollout may succeed. The request itself is sent again for `EngineUnavailableError` alone.
+    """
+
+    retryable: ClassVar[bool] = True
+
+
+class EngineUnavailableError(EngineError):
+    """The engine cannot be reached, broke the connection off, or is overloaded: the same request may succeed later.
+
+    `retry_after_s` is how many seconds the engine asks to wait, if it says so.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineRefusalError(EngineError):
+    """The engine refuses the request for a reason that does not pass: its key, its model, its length."""
+
+    retryable = False
 
 
 class InexactRolloutError(EngineError):
-    """What would be recorded is not what the engine saw and produced."""
+    """What would be recorded is not what the engine saw and produced: a defect of the engine or of its configuration."""
+
+    retryable = False

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hermes_envs.demo import materialise
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import DatasetError, EnvironmentBuildError
 from hermes_envs.grading.patch import PatchError, apply_patch, capture_patch, list_files
@@ -149,7 +150,9 @@ class SweSmithEnv(OrderedEnv):
             DatasetError: there is no usable row.
         """
         cache = self.config.cache_path
-        task_set = await TaskSet.load(self.config.dataset_name, self.config.dataset_split, cache)
+        task_set = await TaskSet.load(
+            self.config.dataset_name, self.config.dataset_split, cache, built_in={"demo": materialise}
+        )
         tasks = self._read_rows(task_set.rows)
         seed = self.config.seed if self.config.shuffle else None
         self.order = TaskOrder(tasks, seed=seed, most=self.config.max_items)

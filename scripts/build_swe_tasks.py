@@ -21,6 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from backends.errors import SandboxError
+from backends.local import LocalBackend, LocalOptions
 from hermes_envs.task_building.package_builder import BuilderOptions
 from hermes_envs.task_building.task_set_builder import PackageOutcome, TaskSetBuilder
 from hermes_envs.task_building.validation import validate
@@ -38,6 +40,8 @@ def main() -> int:
         outcomes = asyncio.run(build(arguments.packages, output, options))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("interrupted")
+    except SandboxError as error:
+        sys.exit(str(error))
     Console().print(summary(outcomes))
     return 0 if any(outcome.kept for outcome in outcomes) else 1
 
@@ -61,13 +65,14 @@ async def build(packages: list[str], output: Path, options: BuilderOptions) -> l
     current = asyncio.current_task()
     if current is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
-    builder = TaskSetBuilder(options, validate, lambda line: print(line, flush=True))  # noqa: T201
     outcomes = []
-    for package in packages:
-        started = time.monotonic()
-        outcome = await builder.build(package, output)
-        outcome.seconds = time.monotonic() - started
-        outcomes.append(outcome)
+    async with LocalBackend(LocalOptions(local_slots=options.jobs)) as backend:
+        builder = TaskSetBuilder(options, backend, validate, lambda line: print(line, flush=True))  # noqa: T201
+        for package in packages:
+            started = time.monotonic()
+            outcome = await builder.build(package, output)
+            outcome.seconds = time.monotonic() - started
+            outcomes.append(outcome)
     return outcomes
 
 

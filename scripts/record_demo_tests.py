@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from backends.errors import SandboxError
 from hermes_envs.demo.recording import record_tests
 from hermes_envs.errors import HermesEnvsError
 
@@ -13,7 +14,7 @@ from hermes_envs.errors import HermesEnvsError
 def main() -> int:
     try:
         asyncio.run(record_tests(lambda line: sys.stdout.write(f"{line}\n")))
-    except HermesEnvsError as error:
+    except (HermesEnvsError, SandboxError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

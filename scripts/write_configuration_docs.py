@@ -43,8 +43,9 @@ HEAD = """\
 
 Every option is a flag, `--env.NAME VALUE`, and a key below `env:` in the YAML file that `--config` names; flags win over the
 file, the file over the defaults. Lists are separated by commas on the command line. Unknown keys are errors. The endpoint is
-configured by `--openai.base_url`, `--openai.model_name`, `--openai.server_type`, `--openai.api_key`, `--openai.timeout` and
-`--openai.tokenizer_name`, or below `openai:`. This page is made from the code by `scripts/write_configuration_docs.py`.
+configured by `--openai.base_url`, `--openai.model_name`, `--openai.server_type`, `--openai.api_key`, `--openai.timeout`,
+`--openai.num_max_requests_at_once` and `--openai.health_check`, or below `openai:`, where a list names several. This page is
+made from the code by `scripts/write_configuration_docs.py`.
 """
 
 

@@ -82,7 +82,7 @@ class Picture:
                 package = begun[1]
             elif room := re.fullmatch(r'(\w+)\["(.+)"\]', line):
                 for member in re.split(r",\s*(?:<br>)?", room[2]):
-                    self.room_of[f"{package}.{member.rstrip('/')}" if member != "." else package] = room[1]
+                    self.room_of[f"{package}.{member.rstrip('/')}" if member != "__init__" else package] = room[1]
             elif arrow := re.fullmatch(r"(\w+) --> (\w+(?: & \w+)*)", line):
                 self.arrows |= {(arrow[1], target) for target in arrow[2].split(" & ")}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hermes_envs.task_building.task_folder import TaskRow, appearing_at, repository_path, write_rows
+from hermes_envs.task_building.task_folder import TaskRow, add_rows, appearing_at, repository_path
 from hermes_envs.task_building.task_repository import TaskRepository
 
 OWNER = "demo"
@@ -94,7 +94,7 @@ def _write(folder: Path) -> None:
             clean = repository.add_tree(bugs_of_one[0].sources)
             rows += [_row(bug, repository, clean) for bug in bugs_of_one]
             repository.publish(repository_path(folder, bugs_of_one[0].repo))
-    write_rows(folder, rows)
+    add_rows(folder, rows)
 
 
 def _row(bug: DemoBug, repository: TaskRepository, clean: str) -> TaskRow:

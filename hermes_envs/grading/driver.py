@@ -1,15 +1,20 @@
-"""Runs named tests with pytest and reports each of them. Executed inside a sandbox by the task's own interpreter.
+"""Runs tests with pytest and reports each of them. Executed inside a sandbox by the task's own interpreter.
 
     python -I -B driver.py REQUEST
 
-`REQUEST` is a JSON file with `root`, `files`, `node_ids`, `canary` and `report`. The report is written only after pytest has
-ended by itself: code that ends the process leaves none. Standard library and pytest only.
+`REQUEST` is a JSON file with `root`, `files`, `node_ids`, `canary`, `report` and `plugins`. Without `node_ids` all tests of the
+repository run. The report is written only after pytest has ended by itself: code that ends the process leaves none. Standard
+library and pytest only.
+
+Each of `plugins` is the path of a Python file with a class `Plugin`: a pytest plugin whose attribute `findings`, a JSON value,
+becomes part of the report.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -21,11 +26,15 @@ RUNNER_PACKAGES = ("pytest", "_pytest", "pluggy", "unittest")
 
 
 class Reporter:
-    """A pytest plugin that keeps the requested tests alone and remembers every phase of each."""
+    """A pytest plugin that keeps the requested tests alone, adds the canary and remembers every phase of each.
 
-    def __init__(self, node_ids: list[str], canary: str) -> None:
-        self.wanted = set(node_ids)
+    Without `node_ids` every test is requested. `canary` is the path of a file whose test runs last.
+    """
+
+    def __init__(self, node_ids: list[str] | None, canary: str) -> None:
+        self.wanted = None if node_ids is None else set(node_ids)
         self.canary = canary
+        self.canary_ids: set[str] = set()
         self.phases: dict[str, list[dict[str, Any]]] = {}
         self.untouched: dict[str, tuple[Any, Any]] = {}
 
@@ -34,22 +43,33 @@ class Reporter:
         """Look at the runner after its plugins, which may rightly change it, and before any code of the repository."""
         self.untouched = runner_functions()
 
+    def pytest_configure(self, config: Any) -> None:
+        """Add the canary to the files that were named, or else to what the repository's configuration names."""
+        config.args.append(self.canary)
+
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Leave out the tests that nobody asked for."""
+        self.canary_ids = {item.nodeid for item in items if item.path.name == os.path.basename(self.canary)}
+        if self.wanted is None:
+            return
+        requested = self.wanted | self.canary_ids
         kept: list[Any] = []
         dropped: list[Any] = []
         for item in items:
-            asked_for = item.nodeid in self.wanted or item.path.name == self.canary
-            (kept if asked_for else dropped).append(item)
+            (kept if item.nodeid in requested else dropped).append(item)
         items[:] = kept
         if dropped:
             config.hook.pytest_deselected(items=dropped)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Remember how one phase of a test ended."""
-        is_canary = report.nodeid.split("::", 1)[0].endswith(self.canary)
-        phase = {"when": report.when, "outcome": report.outcome, "expected_failure": hasattr(report, "wasxfail")}
-        self.phases.setdefault("canary" if is_canary else report.nodeid, []).append(phase)
+        phase = {
+            "when": report.when,
+            "outcome": report.outcome,
+            "expected_failure": hasattr(report, "wasxfail"),
+            "duration_s": report.duration,
+        }
+        self.phases.setdefault("canary" if report.nodeid in self.canary_ids else report.nodeid, []).append(phase)
 
 
 def runner_functions() -> dict[str, tuple[Any, Any]]:
@@ -88,11 +108,18 @@ def main(request_path: str) -> None:
     os.unlink(request_path)
     os.chdir(request["root"])
 
-    reporter = Reporter(request["node_ids"], os.path.basename(request["canary"]))
+    reporter = Reporter(request["node_ids"], request["canary"])
+    plugins = {os.path.basename(path): runpy.run_path(path)["Plugin"]() for path in request["plugins"]}
     options = ["-q", "--color=no", "-p", "no:cacheprovider", f"--rootdir={request['root']}", "--continue-on-collection-errors"]
-    status = pytest.main([*options, *request["files"], request["canary"]], plugins=[reporter])
+    status = pytest.main([*options, *request["files"]], plugins=[reporter, *plugins.values()])
+    report = {
+        "status": int(status),
+        "phases": reporter.phases,
+        "replaced": replaced_functions(reporter.untouched),
+        "findings": {name: plugin.findings for name, plugin in plugins.items()},
+    }
     with open(request["report"], "w", encoding="utf-8") as file:
-        json.dump({"status": int(status), "phases": reporter.phases, "replaced": replaced_functions(reporter.untouched)}, file)
+        json.dump(report, file)
         file.flush()
         os.fsync(file.fileno())
     # What the code under test has registered for the end of the process does not get to run.

@@ -1,11 +1,11 @@
-"""Runs named tests in a clean slot and says what became of each."""
+"""Runs tests in a clean slot and says what became of each."""
 
 from __future__ import annotations
 
 import json
 import posixpath
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -31,21 +31,35 @@ class TestCanary(unittest.TestCase):
 
 @dataclass(frozen=True)
 class TestRun:
-    """Outcomes by node id, or why there are none that could be believed."""
+    """Outcomes and durations by node id, or why there are none that could be believed.
+
+    `findings` are what plugins of the run have found, by the plugin's name: data of the code under test, to be validated.
+    """
 
     __test__ = False
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     problem: str | None = None
     duration_s: float = 0.0
+    durations_s: dict[str, float] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> set[str]:
+        """The tests that passed."""
+        return {node_id for node_id, outcome in self.outcomes.items() if outcome == "passed"}
 
     def failures(self, node_ids: Sequence[str]) -> list[str]:
         """The tests that did not pass; a skipped, missing or uncollected one has not."""
         return [node_id for node_id in node_ids if self.outcomes.get(node_id, "missing") != "passed"]
 
 
-async def run_tests(workspace: Workspace, node_ids: Sequence[str], timeout_s: float) -> TestRun:
-    """Run the tests in the repository of a slot that no agent has used.
+async def run_tests(
+    workspace: Workspace, node_ids: Sequence[str] | None, timeout_s: float, *, plugins: Mapping[str, str] | None = None
+) -> TestRun:
+    """Run the named tests, or all if None, in the repository of a slot that no agent has used.
+
+    `plugins` are sources of further pytest plugins by name, as driver.py describes them.
 
     The report lies in a folder whose name is drawn for this run. A test that must fail runs last, and the runner's functions
     are compared before and after: if the one passes or the others changed, nothing of the report is believed. Code that runs
@@ -55,17 +69,21 @@ async def run_tests(workspace: Workspace, node_ids: Sequence[str], timeout_s: fl
         SandboxError: the slot failed.
     """
     folder = f"{WORKSPACE}/.grading-{secrets.token_hex(16)}"
-    # Beside the tests, so that pytest finds the same configuration as without it.
-    canary = posixpath.join(REPOSITORY, posixpath.dirname(node_ids[0].split("::", 1)[0]), f"test_{secrets.token_hex(8)}.py")
+    # Beside the named tests: what their conftest does to them, it does to the canary.
+    beside = folder if node_ids is None else posixpath.join(REPOSITORY, posixpath.dirname(_file_of(node_ids[0])))
+    canary = f"{beside}/test_{secrets.token_hex(8)}.py"
     report = f"{folder}/{secrets.token_hex(16)}"
+    plugin_files = {f"{folder}/plugins/{name}": source for name, source in (plugins or {}).items()}
     request = {
         "root": REPOSITORY,
-        "files": sorted({node_id.split("::", 1)[0] for node_id in node_ids}),
-        "node_ids": list(node_ids),
+        "files": sorted({_file_of(node_id) for node_id in node_ids or ()}),
+        "node_ids": node_ids,
         "canary": canary,
         "report": report,
+        "plugins": list(plugin_files),
     }
-    for path, content in ((f"{folder}/driver.py", _driver()), (canary, _CANARY), (f"{folder}/request", json.dumps(request))):
+    contents = {f"{folder}/driver.py": _driver(), f"{folder}/request": json.dumps(request), canary: _CANARY, **plugin_files}
+    for path, content in contents.items():
         written = await workspace.write(path, content.encode())
         if not written.success:
             return TestRun(problem=f"no room to run the tests: {explain(written)}")
@@ -76,7 +94,7 @@ async def run_tests(workspace: Workspace, node_ids: Sequence[str], timeout_s: fl
     try:
         return _believe(json.loads(await workspace.read(report)), float(result.metadata.get("duration_s", 0.0)))
     except ArtifactError:
-        ending = result.output.strip()[-500:]
+        ending = " ".join(result.output[-500:].split())
         return TestRun(
             problem=f"the test process ended without a report (exit code {result.metadata.get('exit_code')}): {ending}"
         )
@@ -88,11 +106,15 @@ def _believe(report: dict[str, Any], duration_s: float) -> TestRun:
     if report["replaced"]:
         return TestRun(problem=f"the code under test replaced {report['replaced'][0]}: the test runner was tampered with")
     phases: dict[str, list[dict[str, Any]]] = report["phases"]
-    outcomes = {node_id: _outcome(of_test) for node_id, of_test in phases.items()}
-    canary = outcomes.pop("canary", "missing")
+    canary = _outcome(phases.pop("canary", []))
     if canary not in ("failed", "error"):
         return TestRun(problem=f"a test that must fail was reported as {canary}: the test runner was tampered with")
-    return TestRun(outcomes, duration_s=duration_s)
+    return TestRun(
+        outcomes={node_id: _outcome(of_test) for node_id, of_test in phases.items()},
+        duration_s=duration_s,
+        durations_s={node_id: sum(phase["duration_s"] for phase in of_test) for node_id, of_test in phases.items()},
+        findings=dict(report["findings"]),
+    )
 
 
 def _outcome(phases: list[dict[str, Any]]) -> Outcome:
@@ -105,6 +127,10 @@ def _outcome(phases: list[dict[str, Any]]) -> Outcome:
     if not called:
         return "missing"
     return "xpassed" if expected_failure else "passed"
+
+
+def _file_of(node_id: str) -> str:
+    return node_id.split("::", 1)[0]
 
 
 @cache

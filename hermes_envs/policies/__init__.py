@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -13,28 +13,20 @@ from hermes_envs.policies.oracle import OraclePolicy
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-    from atroposlib.envs.server_handling.server_manager import ServerManager
 
 PolicyName = Literal["tokens", "messages", "oracle", "nop"]
 
 
 class PolicyOptions(TokensOptions):
-    """Who answers, and everything that any policy can be told."""
+    """Who answers, and the options of all policies."""
 
     policy: PolicyName = Field(default="tokens", description="Who answers.")
 
 
-def create_policy(
-    options: PolicyOptions,
-    *,
-    server: Callable[[], ServerManager],
-    tokenizer: Callable[[], Any],
-    server_configs: Sequence[APIServerConfig],
-) -> Policy:
+def create_policy(options: PolicyOptions, servers: Sequence[APIServerConfig] = (), tokenizer: Any = None) -> Policy:
     """Make the policy that `options.policy` names.
 
-    `server` and `tokenizer` are called for `tokens` only and `server_configs` is read for `messages` only, so that `oracle` and
-    `nop` work where there is neither a model nor an endpoint.
+    `tokens` and `messages` ask a model at `servers`, `tokens` with the model's tokenizer; `oracle` and `nop` need neither.
 
     Raises:
         ConfigError: the policy cannot work with the other options.
@@ -44,11 +36,11 @@ def create_policy(
             # Imported when chosen: what these two need takes seconds to load.
             from hermes_envs.policies.tokens import TokensPolicy
 
-            return TokensPolicy(server(), tokenizer(), options)
+            return TokensPolicy(servers, tokenizer, options)
         case "messages":
             from hermes_envs.policies.messages import MessagesPolicy
 
-            return MessagesPolicy(server_configs, options)
+            return MessagesPolicy(servers, options)
         case "oracle":
             return OraclePolicy()
         case "nop":

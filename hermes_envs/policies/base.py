@@ -1,4 +1,4 @@
-"""What every policy does: answer the messages of one trajectory, turn by turn."""
+"""The interface of policies: a conversation per trajectory, answered turn by turn."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hermes_envs.policies.endpoints import Endpoints
 from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolCall
 
 Message = dict[str, Any]
-"""A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+"""A chat message in OpenAI's form: `role`, `content`; for some `tool_calls`, `tool_call_id`, `name`, `reasoning_content`.
+
+A call's `arguments` are an object, or the text that the model wrote where the call is malformed. `with_text_arguments` makes
+the form that OpenAI's has.
+"""
 
 Reference = Sequence[ToolCall | str]
 """A task's solution: calls to be made and, for a task whose final response is scored, the text to end with."""
@@ -23,7 +28,7 @@ FinishReason = Literal["stop", "tool_calls", "length"]
 
 
 class SamplingOptions(BaseModel):
-    """How every policy that asks a model samples."""
+    """How policies that ask a model sample."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,7 +39,7 @@ class SamplingOptions(BaseModel):
 
 
 class TokensOptions(SamplingOptions):
-    """How exact rollouts are rendered and how long they may get."""
+    """How rollouts with exact tokens are rendered and how long they may get."""
 
     max_context_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens of prompt and answer together; none: agent_max_tokens limits each turn."
@@ -45,7 +50,7 @@ class TokensOptions(SamplingOptions):
 
 
 def assistant_message(content: str, tool_calls: Sequence[ToolCall] = (), reasoning: str | None = None) -> Message:
-    """An assistant message in OpenAI's form. A malformed call shows what the model wrote as its arguments."""
+    """An assistant message. A malformed call shows what the model wrote as its arguments."""
     message: Message = {"role": "assistant", "content": content}
     if reasoning:
         message["reasoning_content"] = reasoning
@@ -54,19 +59,30 @@ def assistant_message(content: str, tool_calls: Sequence[ToolCall] = (), reasoni
             {
                 "id": call.id,
                 "type": "function",
-                "function": {
-                    "name": call.name,
-                    "arguments": call.raw if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False),
-                },
+                "function": {"name": call.name, "arguments": call.raw if call.arguments is None else call.arguments},
             }
             for call in tool_calls
         ]
     return message
 
 
+def with_text_arguments(message: Message) -> Message:
+    """The message as records and OpenAI-compatible endpoints have it: the arguments of its calls are JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments")
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One answer of the policy. `message` is the assistant message for the transcript; `tool_calls` has malformed calls too."""
+    """One answer of the policy: the assistant message for the transcript, and its calls, malformed ones included."""
 
     message: Message
     tool_calls: tuple[ToolCall, ...]
@@ -74,13 +90,13 @@ class Turn:
 
 
 class Conversation(ABC):
-    """One trajectory's exchange with a policy. `rollout` holds the exact tokens if the policy has any."""
+    """One trajectory's exchange with a policy. `record` holds the exact tokens if the policy has any."""
 
-    rollout: TokenRecord
+    record: TokenRecord
 
     @abstractmethod
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
-        """Answer: the first call gets the whole prompt, later ones only what is new since the last turn.
+        """Answer the whole prompt at first, later the messages that are new since the last turn.
 
         Raises:
             EngineError: the engine failed or its answer cannot be used; the trajectory is an infrastructure error.
@@ -96,6 +112,10 @@ class Policy(ABC):
     validates: bool = False
     """Whether it is there to find tasks that reward whoever does nothing."""
 
+    def __init__(self, endpoints: Endpoints[Any] | None = None) -> None:
+        self.endpoints = Endpoints[Any]() if endpoints is None else endpoints
+        """Where it asks a model; empty if it asks none."""
+
     @abstractmethod
     def start(
         self,
@@ -106,11 +126,12 @@ class Policy(ABC):
     ) -> Conversation:
         """Begin a trajectory. `tools` are OpenAI function schemas; `reference` is the task's solution."""
 
-    def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - only tokens can be counted
-        """Let no sequence that is recorded have more tokens than a trainer takes."""
+    def limit_sequences(self, most_tokens: int) -> None:  # noqa: B027 - for policies with tokens only
+        """Record no sequence with more tokens than a trainer takes."""
 
-    async def aclose(self) -> None:  # noqa: B027 - most policies open nothing
-        """Let go of the connections that the policy itself opened."""
+    async def aclose(self) -> None:
+        """Close the connections to the endpoints."""
+        await self.endpoints.aclose()
 
 
 class ContextFullError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,15 @@ from hermes_envs.policies.base import (
     SamplingOptions,
     Turn,
     assistant_message,
+    with_text_arguments,
 )
 from hermes_envs.policies.chat_endpoint import ChatEndpoint
+from hermes_envs.policies.endpoints import Endpoints
 from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.tools.call import ToolCall
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
-
-logger = logging.getLogger(__name__)
 
 # A call that was cut off has no end tag.
 _WRITTEN_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
@@ -34,13 +33,15 @@ _WRITTEN_REASONING = re.compile(r"\A\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class MessagesPolicy(Policy):
-    """Asks the least busy of its endpoints, and the next one if that fails."""
+    """Asks chat endpoints for whole messages."""
 
-    def __init__(self, server_configs: Sequence[APIServerConfig], options: SamplingOptions) -> None:
+    endpoints: Endpoints[ChatEndpoint]
+
+    def __init__(self, servers: Sequence[APIServerConfig], options: SamplingOptions) -> None:
         """Raises: ConfigError: no endpoint, or one without an address."""
-        if not server_configs:
+        if not servers:
             raise ConfigError("openai.base_url: policy messages needs the address of a chat endpoint")
-        self._endpoints = [ChatEndpoint(config) for config in server_configs]
+        super().__init__(Endpoints([ChatEndpoint(config) for config in servers]))
         self._options = options
 
     def start(
@@ -48,32 +49,21 @@ class MessagesPolicy(Policy):
     ) -> MessagesConversation:
         return MessagesConversation(trajectory_id, tools, self)
 
-    async def aclose(self) -> None:
-        """Close the connections."""
-        for endpoint in self._endpoints:
-            await endpoint.close()
-
     async def complete(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Ask for one completion; returns the endpoint's reply. Raises as `ChatEndpoint.complete`."""
+        """Ask for one completion; returns the endpoint's reply. Raises as `Endpoints.ask` and `ChatEndpoint.complete`."""
         request: dict[str, Any] = {"messages": list(messages), "temperature": self._options.agent_temperature}
         if self._options.agent_max_tokens is not None:
             request["max_tokens"] = self._options.agent_max_tokens
         if tools:
             request["tools"] = list(tools)
-        *others, last = sorted(self._endpoints, key=lambda endpoint: endpoint.in_flight)
-        for endpoint in others:
-            try:
-                return await endpoint.complete(request)
-            except EngineError as reason:
-                logger.warning("%s; asking another endpoint", reason)
-        return await last.complete(request)
+        return await self.endpoints.ask(lambda endpoint: endpoint.complete(request))
 
 
 class MessagesConversation(Conversation):
     """One trajectory's messages. A failed `respond` leaves it as it was, so that the same messages may be tried again."""
 
     def __init__(self, trajectory_id: str, tools: Sequence[dict[str, Any]], policy: MessagesPolicy) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
         self._tools = list(tools)
         self._policy = policy
         self._history: list[Message] = []
@@ -85,13 +75,13 @@ class MessagesConversation(Conversation):
         history = [*self._history, *map(self._as_sent, new_messages)]
         reply = await self._policy.complete(history, self._tools)
         message, finish_reason = _message(reply)
-        self.rollout.engine_calls += 1
+        self.record.engine_calls += 1
         content, reasoning = _text(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
         calls = [self._native_call(call) for call in _native_calls(message)]
         if calls:
-            self._history = [*history, _without_malformed(assistant_message(content, calls), calls)]
+            self._history = [*history, with_text_arguments(assistant_message(content, [_well_formed(call) for call in calls]))]
         else:
-            # The endpoint gets back what it wrote: one without tool calls of its own could not read ours.
+            # Sent back as it was written: the endpoint may not support native calls.
             self._history = [*history, {"role": "assistant", "content": content}]
             written = _WRITTEN_REASONING.match(content)
             if written:
@@ -106,9 +96,9 @@ class MessagesConversation(Conversation):
         )
 
     def _as_sent(self, message: Message) -> Message:
-        """A result of a call that was written as text goes back as text: there is no native call that it could belong to."""
+        """As the endpoint gets it. The result of a call that was written as text is sent as text: it has no native call."""
         if message["role"] != "tool" or message.get("tool_call_id") not in self._written_ids:
-            return message
+            return with_text_arguments(message)
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
 
     def _new_id(self, wanted: object = None) -> str:
@@ -147,7 +137,7 @@ def _message(reply: dict[str, Any]) -> tuple[dict[str, Any], object]:
     """The first choice's message and finish reason.
 
     Raises:
-        EngineError: the reply has none. A message that says nothing is the model's doing and no error.
+        EngineError: the reply has none. An empty message is an answer.
     """
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -159,7 +149,7 @@ def _message(reply: dict[str, Any]) -> tuple[dict[str, Any], object]:
 
 
 def _text(content: object) -> str:
-    """Content comes as text, as nothing, or as a list of parts."""
+    """The text of content that is text, a list of parts, or null."""
     if isinstance(content, list):
         return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in content)
     return "" if content is None else str(content)
@@ -171,17 +161,14 @@ def _native_calls(message: dict[str, Any]) -> list[object]:
 
 
 def _written_calls(content: str) -> Iterator[tuple[str, bool]]:
-    """Calls in Hermes' form, `<tool_call>{json}</tool_call>`, from endpoints that leave their parsing to us."""
+    """Calls in Hermes' form, `<tool_call>{json}</tool_call>`, from endpoints that do not parse them; and if they are closed."""
     for match in _WRITTEN_CALL.finditer(content):
         yield match[1].strip(), bool(match[2])
 
 
-def _without_malformed(message: Message, calls: Sequence[ToolCall]) -> Message:
-    """The message as it can be sent back: servers refuse, or fail at, history whose arguments are no JSON object."""
-    for sent, call in zip(message["tool_calls"], calls, strict=True):
-        if call.arguments is None:
-            sent["function"] = {"name": call.name or "malformed", "arguments": json.dumps({"malformed": call.raw})}
-    return message
+def _well_formed(call: ToolCall) -> ToolCall:
+    """The call as it is sent back: servers refuse a history in which a call's arguments are no JSON object."""
+    return call if call.arguments is not None else ToolCall(call.id, call.name or "malformed", {"malformed": call.raw})
 
 
 def _finish_reason(reason: object, calls: Sequence[ToolCall]) -> FinishReason:

@@ -1,4 +1,4 @@
-"""Does nothing, to show that a task which nobody worked on does not score."""
+"""A policy that does nothing: an untouched task must not score."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FINAL_MESSAGE = "Nothing was done."
 
 
 class NopPolicy(Policy):
-    """Ends every trajectory with its first message."""
+    """Ends every trajectory at once, with one message."""
 
     validates = True
 
@@ -26,7 +26,7 @@ class NopConversation(Conversation):
     """One message without calls."""
 
     def __init__(self, trajectory_id: str) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
         """As `Conversation.respond`; raises nothing."""

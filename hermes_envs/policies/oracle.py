@@ -1,4 +1,4 @@
-"""Plays a task's reference solution, to show that the task can be solved and that solving it scores."""
+"""A policy that plays a task's reference solution: the solved task must score."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class OraclePolicy(Policy):
 
 
 class OracleConversation(Conversation):
-    """One call a turn, whatever the tools answer, then the reference's text or one of our own."""
+    """Makes one call of the reference a turn, then ends with the reference's text or a standard one."""
 
     def __init__(self, trajectory_id: str, reference: Reference) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
         self._moves = iter(reference)
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:

@@ -1,4 +1,4 @@
-"""What is shown of a conversation that no longer fits into the context."""
+"""Shortened views of a conversation that no longer fits into the context."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from hermes_envs.policies.base import Message
 
 KEPT_TURNS = 2
-"""The last turns, which are shown whole as long as that is possible."""
+"""How many of the last turns are shown whole as long as that is possible."""
 
 SHORT_OUTPUT_CHARS = 200
-"""What an old tool output is shortened to, half from its beginning and half from its end."""
+"""The length that an old tool output is shortened to, half from its beginning and half from its end."""
 
 
 class PromptView:
-    """Ever shorter views of a conversation, from mild to drastic.
+    """Views of a conversation, each shorter than the one before it.
 
-    All begin with the messages before the first answer, which say what to do, and end with the last turn; a turn is an
-    assistant message and what answers it. First old tool outputs are shortened, then old turns are left out, oldest first, at
-    last the outputs of the last turns are shortened, too.
+    A turn is an assistant message with the messages that follow it. All views begin with the messages before the first turn,
+    which are the task, and end with the last turn. First the tool outputs of old turns are shortened, then old turns are left
+    out, oldest first, and at last the outputs of the last turns are shortened.
     """
 
     def __init__(self, messages: Sequence[Message]) -> None:
@@ -31,17 +31,17 @@ class PromptView:
             self._turns[-1].append(message)
 
     def shortened(self, fits: Callable[[Sequence[Message]], bool]) -> list[Message] | None:
-        """The mildest view that fits; None if none does."""
+        """The longest view that fits; None if none does."""
         views = self._views()
-        # Each view is shorter than the one before it, and to try one costs a rendering: search by halves.
-        mildest, beyond = 0, len(views)
-        while mildest < beyond:
-            middle = (mildest + beyond) // 2
+        # Trying a view costs a rendering: binary search.
+        longest, beyond = 0, len(views)
+        while longest < beyond:
+            middle = (longest + beyond) // 2
             if fits(self._with(views[middle])):
                 beyond = middle
             else:
-                mildest = middle + 1
-        return self._with(views[mildest]) if mildest < len(views) else None
+                longest = middle + 1
+        return self._with(views[longest]) if longest < len(views) else None
 
     def _views(self) -> list[list[list[Message]]]:
         old, last = [_short(turn) for turn in self._turns[:-KEPT_TURNS]], self._turns[-KEPT_TURNS:]

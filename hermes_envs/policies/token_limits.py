@@ -1,4 +1,4 @@
-"""How much of the context a prompt and a turn may take."""
+"""How many tokens of the context a prompt and a turn may take."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from hermes_envs.policies.base import ContextFullError
 
 LEAST_ANSWER_TOKENS = 16
-"""With less room than this a turn is not worth asking for: not even a short tool call fits."""
+"""The least room that a turn is asked for with: a short tool call."""
 
 WANTED_ROOM = 1 / 4
-"""The share of the context that a turn may want before older turns have to give way; a lower limit of a turn wants less."""
+"""The share of the context that is kept free for a turn, unless `turn` is less: a longer prompt is shortened."""
 
 SHORTENED_PROMPT = 1 / 2
-"""The share of the context that a shortened prompt should fill at most, so that several turns follow before the next cut."""
+"""The share of the context that a shortened prompt fills at most, so that several turns follow before the next cut."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TokenLimits:
 
     @property
     def prompt(self) -> float:
-        """A longer prompt does not leave a turn the room that it may want."""
+        """The most tokens of a prompt before it is shortened."""
         if self.context is None:
             return math.inf
         wanted = WANTED_ROOM * self.context
@@ -34,14 +34,14 @@ class TokenLimits:
 
     @property
     def shortened_prompt(self) -> float:
-        """What a prompt is shortened to where that is possible."""
+        """The most tokens of a shortened prompt, if one so short is possible."""
         return math.inf if self.context is None else SHORTENED_PROMPT * self.context
 
     def room(self, prompt_tokens: int) -> int:
-        """How many tokens a turn may have after such a prompt.
+        """How many tokens a turn may have after a prompt of this length.
 
         Raises:
-            ContextFullError: too few.
+            ContextFullError: fewer than a turn is asked for with.
         """
         if self.context is None:
             assert self.turn is not None, "one of the two is known"

@@ -1,7 +1,7 @@
 """The exact token record of one trajectory.
 
-Follows the recorder of docs/architecture.md "Exact tokens": the state of a rollout is its token list; what the engine
-returned is appended to the letter and never tokenised again.
+As docs/architecture.md "Exact tokens" says: the state of a rollout is its token list; what the engine returned is appended
+unchanged and never tokenised again.
 """
 
 from __future__ import annotations
@@ -56,30 +56,23 @@ class Segment:
         self.masks.extend([UNTRAINED_MASK] * len(token_ids))
         self.logprobs.extend([UNTRAINED_LOGPROB] * len(token_ids))
 
-    def extend_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """Grow to the next turn's prompt, which must begin with everything recorded so far.
+    def append_turn(self, context_ids: Sequence[int], token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Append a turn: the tokens that its prompt adds to the segment, then those that the engine sampled.
 
-        Raises:
-            InexactRolloutError: the prompt rewrites history.
-        """
-        if list(prompt_ids[: len(self.tokens)]) != self.tokens:
-            raise InexactRolloutError("the next prompt does not begin with the tokens of the turns before it")
-        self.observe(prompt_ids[len(self.tokens) :])
-
-    def sample(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Append what the engine sampled, with its logprobs.
+        Takes time proportional to the turn; `check` looks at the whole segment.
 
         Raises:
             InexactRolloutError: as `check_logprobs`; nothing is recorded then.
         """
         check_logprobs(token_ids, logprobs)
+        self.observe(context_ids)
         self.tokens.extend(token_ids)
         self.masks.extend(token_ids)
         self.logprobs.extend(logprobs)
         self.sampled += len(token_ids)
 
     def check(self) -> None:
-        """Assert the record's invariants.
+        """Assert the invariants of the whole segment, in time proportional to its length.
 
         Raises:
             InexactRolloutError: one of them does not hold; the message says which.
@@ -103,11 +96,11 @@ class Segment:
 class TokenRecord:
     """All segments of one trajectory, oldest first. Empty for policies that have no tokens."""
 
-    rollout_id: str
+    trajectory_id: str
     segments: list[Segment] = field(default_factory=list)
     engine_calls: int = 0
 
     def check(self) -> None:
-        """Assert every segment's invariants. Raises as `Segment.check`."""
+        """Assert every segment's invariants, once at the end of a trajectory. Raises as `Segment.check`."""
         for segment in self.segments:
             segment.check()

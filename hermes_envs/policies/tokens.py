@@ -1,7 +1,7 @@
 """Token in, token out: rollouts that are exact training data.
 
-The state of a conversation is its token list. What the engine returned is appended to the letter, and the next turn's prompt
-is that list and the new messages' tokens; nothing that was sampled is ever tokenised again. docs/architecture.md "Exact
+The state of a conversation is its token list. What the engine returned is appended unchanged, and the next turn's prompt is
+that list followed by the new messages' tokens; nothing that was sampled is ever tokenised again. docs/architecture.md "Exact
 tokens" says why.
 """
 
@@ -21,7 +21,9 @@ from hermes_envs.policies.base import (
     Turn,
     assistant_message,
 )
+from hermes_envs.policies.endpoints import Endpoints
 from hermes_envs.policies.prompt_view import PromptView
+from hermes_envs.policies.token_endpoint import TokenEndpoint
 from hermes_envs.policies.token_engine import Sample, TokenEngine
 from hermes_envs.policies.token_limits import TokenLimits
 from hermes_envs.policies.token_record import Segment, TokenRecord
@@ -29,25 +31,28 @@ from hermes_envs.rendering.chat_renderer import ChatRenderer, ParsedAnswer
 from hermes_envs.rendering.choice import create_chat_renderer
 
 if TYPE_CHECKING:
-    from atroposlib.envs.server_handling.server_manager import ServerManager
+    from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 
 
 class TokensPolicy(Policy):
-    """Asks an engine by token ids through atroposlib's servers (SGLang, vLLM, the Tinker trainer's)."""
+    """Asks engines by token ids (SGLang, vLLM, the Tinker trainer)."""
 
     exact = True
 
-    def __init__(self, server: ServerManager, tokenizer: Any, options: TokensOptions, engine_patience_s: float = 300.0) -> None:
-        """`engine_patience_s`: how long to wait while the health checks of all servers fail.
+    def __init__(
+        self, servers: Sequence[APIServerConfig], tokenizer: Any, options: TokensOptions, engine_patience_s: float = 300.0
+    ) -> None:
+        """`engine_patience_s`: how long a request waits while the health checks of all servers fail.
 
         Raises:
-            ConfigError: the server returns no token ids, no renderer suits the tokenizer, or nothing limits a turn.
+            ConfigError: a server returns no token ids, no renderer suits the tokenizer, or nothing limits a turn.
         """
+        super().__init__(Endpoints([TokenEndpoint(config) for config in servers], engine_patience_s))
         if options.agent_max_tokens is None and options.max_context_tokens is None:
             # Left to themselves engines cut a turn at 16 (vLLM), 128 (SGLang) or 256 (Tinker trainer) tokens.
             raise ConfigError("agent_max_tokens: policy tokens needs this or max_context_tokens to know how long a turn may be")
         self.renderer = create_chat_renderer(tokenizer, options.renderer)
-        self._engine = TokenEngine(server, self.renderer, options.agent_temperature, engine_patience_s)
+        self._engine = TokenEngine(self.endpoints, self.renderer, options.agent_temperature)
         self._limits = TokenLimits(options.agent_max_tokens, options.max_context_tokens)
 
     def limit_sequences(self, most_tokens: int) -> None:
@@ -72,17 +77,17 @@ class TokensConversation(Conversation):
         renderer: ChatRenderer,
         limits: TokenLimits,
     ) -> None:
-        self.rollout = TokenRecord(trajectory_id)
+        self.record = TokenRecord(trajectory_id)
         self._tools = list(tools)
         self._engine = engine
         self._renderer = renderer
         self._limits = limits
         self._messages: list[Message] = []
-        self._last_prompt: list[int] = []
-        self._last_completion: list[int] = []
+        self._answer_tokens = 0
+        """How many of the last segment's tokens, at its end, are the last answer."""
 
     async def respond(self, new_messages: Sequence[Message]) -> Turn:
-        """As `Conversation.respond`; a prompt that rewrites history opens a new segment of the rollout.
+        """As `Conversation.respond`; a prompt that rewrites history opens a new segment of the record.
 
         Raises:
             ValueError: there is no new message.
@@ -91,17 +96,18 @@ class TokensConversation(Conversation):
             raise ValueError("a turn needs at least one new message")
         messages, prompt, segment = self._prompt(new_messages)
         sample = await self._engine.sample(prompt, self._limits.room(len(prompt)))
-        self._record(segment, prompt, sample)
-        answer = self._renderer.parse(sample.token_ids, prompt, self._tools, f"call_{self.rollout.engine_calls}")
-        self._messages = [*messages, self._for_rendering(answer, sample)]
-        return Turn(
-            assistant_message(answer.content, answer.tool_calls, answer.reasoning),
-            answer.tool_calls,
-            _finish_reason(answer, sample),
-        )
+        segment.append_turn(prompt[len(segment.tokens) :], sample.token_ids, sample.logprobs)
+        if not self.record.segments or segment is not self.record.segments[-1]:
+            self.record.segments.append(segment)
+        self.record.engine_calls += 1
+        self._answer_tokens = len(sample.token_ids)
+        answer = self._renderer.parse(sample.token_ids, prompt, self._tools, f"call_{self.record.engine_calls}")
+        message = assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+        self._messages = [*messages, self._for_rendering(message, answer, sample)]
+        return Turn(message, answer.tool_calls, _finish_reason(answer, sample))
 
     def _prompt(self, new_messages: Sequence[Message]) -> tuple[list[Message], list[int], Segment]:
-        """What the next prompt shows, its tokens, and the segment that it extends, a new one if it cannot extend the last."""
+        """What the next prompt shows, its tokens, and the segment that it extends: the last, or a new one."""
         messages = [*self._messages, *new_messages]
         prompt, segment = self._whole_prompt(messages, new_messages)
         if len(prompt) > self._limits.prompt:
@@ -111,10 +117,12 @@ class TokensConversation(Conversation):
         return messages, prompt, segment
 
     def _whole_prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> tuple[list[int], Segment]:
-        if self.rollout.segments:
-            extended = self._renderer.next_prompt(self._last_prompt, self._last_completion, new_messages, self._tools)
+        if self.record.segments:
+            segment = self.record.segments[-1]
+            prompt, answer = segment.tokens[: -self._answer_tokens], segment.tokens[-self._answer_tokens :]
+            extended = self._renderer.next_prompt(prompt, answer, new_messages, self._tools)
             if extended is not None:
-                return extended, self.rollout.segments[-1]
+                return extended, segment
         return self._renderer.prompt(messages, self._tools), Segment()
 
     def _shortened(self, messages: Sequence[Message]) -> list[Message] | None:
@@ -128,19 +136,10 @@ class TokensConversation(Conversation):
     def _tokens(self, messages: Sequence[Message]) -> int:
         return len(self._renderer.prompt(messages, self._tools))
 
-    def _record(self, segment: Segment, prompt: list[int], sample: Sample) -> None:
-        segment.extend_prompt(prompt)
-        segment.sample(sample.token_ids, sample.logprobs)
-        if not self.rollout.segments or segment is not self.rollout.segments[-1]:
-            self.rollout.segments.append(segment)
-        self.rollout.engine_calls += 1
-        self.rollout.check()
-        self._last_prompt, self._last_completion = prompt, sample.token_ids
-
-    def _for_rendering(self, answer: ParsedAnswer, sample: Sample) -> Message:
+    def _for_rendering(self, message: Message, answer: ParsedAnswer, sample: Sample) -> Message:
         """The turn as a later segment's prompt shows it: a malformed call cannot be rendered as a call, only as its text."""
         if all(call.error is None for call in answer.tool_calls):
-            return assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+            return message
         closed = sample.token_ids[-1] in self._renderer.stop_token_ids
         return {"role": "assistant", "content": self._renderer.decode(sample.token_ids[:-1] if closed else sample.token_ids)}
 

@@ -1,6 +1,7 @@
-"""How a model of which only the tokenizer is known writes reasoning and tool calls.
+"""Parsers of answers for models of which only the tokenizer is known.
 
-The grammars are those of the `renderers` library where it has them; which one is told by how the chat template writes a call.
+The parsers are those of the `renderers` library where it has them. Which one applies is seen from how the chat template writes
+a call.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from renderers.parsing import (
 REASONING_TAGS = ("<think>", "</think>")
 TAGS = (*REASONING_TAGS, "<tool_call>", "</tool_call>")
 
-# Reasoning comes first or not at all, and a call in it is a thought of one.
+# Reasoning can only come first, and a call inside of it is not made.
 _TRANSITIONS = {
     ("reasoning", "<think>"): "reasoning",
     ("reasoning", "</think>"): "content",
@@ -37,18 +38,19 @@ _CALL_ENDS_REASONING = _TRANSITIONS | {("reasoning", "<tool_call>"): "call"}
 
 @dataclass(frozen=True)
 class _Format:
-    """A way to write calls. `marks` tell it; `tokens` are the special tokens that its parser wants, by argument."""
+    """A format of calls: the texts that identify it, its parser, and the special tokens that the parser needs, by argument."""
 
     marks: tuple[str, ...]
     parser: Callable[..., ParsedResponse]
     tokens: Mapping[str, str]
     typed: bool = False
-    """Whether the parser needs the tools' schemas: arguments are written without quotes."""
+    """Whether the parser needs the tools' schemas, because arguments are written without quotes."""
     reasons: bool = True
+    """Whether the parser knows reasoning."""
 
     @property
     def call_tokens(self) -> set[str]:
-        """Without these no call can be told from words; a tokenizer may well have none for reasoning."""
+        """The tokens without which a call cannot be told from text. Those of reasoning may be missing."""
         return set(self.tokens.values()) - set(REASONING_TAGS)
 
 
@@ -72,7 +74,7 @@ _MINIMAX = {"tool_call_id": "<minimax:tool_call>", "tool_call_end_id": "</minima
 
 
 class AnswerGrammar:
-    """Reads answers of one model. `reads_calls` is false where the form of its calls is unknown."""
+    """Parses the answers of one model."""
 
     def __init__(self, tokenizer: Any, format: _Format | None) -> None:
         self._tokenizer = tokenizer
@@ -81,7 +83,7 @@ class AnswerGrammar:
 
     @classmethod
     def of(cls, tokenizer: Any, rendered_call: str) -> AnswerGrammar:
-        """The grammar of calls that look like this one."""
+        """The grammar for a tokenizer whose template writes a call like this."""
         added = set(tokenizer.get_added_vocab())
         fitting = (
             format for format in _FORMATS if format.call_tokens <= added and all(mark in rendered_call for mark in format.marks)
@@ -90,12 +92,13 @@ class AnswerGrammar:
 
     @property
     def reads_calls(self) -> bool:
+        """Whether the format of the model's calls is known."""
         return self._format is not None
 
     def parse(
         self, token_ids: list[int], *, stop_ids: set[int], tools: Sequence[dict[str, Any]] | None, prefilled_thinking: bool
     ) -> ParsedResponse:
-        """Read an answer; what stands after its first stop token does not count."""
+        """Parse an answer up to its first stop token."""
         if self._format is None:
             return parse_tagged_json(self._tokenizer, token_ids, stop_ids=stop_ids, prefilled_thinking=prefilled_thinking)
         options: dict[str, Any] = {name: self._added.get(token, -1) for name, token in self._format.tokens.items()}
@@ -111,7 +114,7 @@ def parse_tagged_json(
 ) -> ParsedResponse:
     """Hermes' form: `<think>...</think>`, words and `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
-    A tag that is a token of its own counts only as that token; any other is read from the text.
+    A tag that the tokenizer has as a token counts only as that token; any other is found in the text.
     """
     ids = list(itertools.takewhile(lambda token: token not in stop_ids, token_ids))
     pieces = list(_pieces(tokenizer, ids))
@@ -128,9 +131,9 @@ def parse_tagged_json(
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """The text in pieces, each with the tag that it is, or with none.
+    """The text in pieces: pairs of a tag and its text, or of an empty string and other text. Takes linear time.
 
-    `renderers` has this too (`renderers.tagged`), but in a time that grows with the square of the answer's length.
+    `renderers.tagged` does the same in a time that grows with the square of the answer's length.
     """
     added = tokenizer.get_added_vocab()
     own = {added[tag]: tag for tag in TAGS if tag in added}
@@ -149,7 +152,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
 
 @dataclass
 class _Answer:
-    """What has been read. `calls` are the texts between tags, and whether they were closed."""
+    """What has been parsed so far. `calls` are the texts of calls, each with whether it was closed."""
 
     state: str
     texts: dict[str, str]
@@ -285,4 +288,4 @@ _FORMATS = (
     _Format(("<tool_call>", '"arguments"'), parse_tagged_json, {}),
     _Format(('"name"', '"parameters"'), parse_llama, {}, reasons=False),
 )
-"""In the order in which they are tried: what tells one may be part of another too."""
+"""In the order in which they are tried: the marks of one may occur in another, too."""

@@ -1,12 +1,13 @@
-"""Messages to tokens and back: the one place that knows the `renderers` library.
+"""Messages to tokens and back.
 
-`renderers` has a hand-written renderer for each model family, which renders the first prompt, reads an answer from its token
-ids, and extends a prompt by new messages without touching the tokens before them. For any other tokenizer with a chat template
-one is derived (`hermes_envs/rendering/derived.py`).
+The `renderers` library has a hand-written renderer for each model family, which renders the first prompt, parses an answer from
+its token ids, and extends a prompt by new messages without changing the tokens before them. For any other tokenizer with a chat
+template one is derived (`hermes_envs/rendering/derived.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from typing import Any, Protocol
 from openai_harmony import HarmonyError
 from renderers import ParsedResponse, ParsedToolCall, RenderedTokens, ToolCallParseStatus
 
-from hermes_envs.errors import ConfigError, EngineError
+from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
 from hermes_envs.rendering.chat_template import TEMPLATE_ERRORS
 from hermes_envs.tools.call import ToolCall
 
-# What constructors and template renders of a renderer that does not suit the tokenizer have been seen to raise.
 UNSUITABLE = (AssertionError, *TEMPLATE_ERRORS, HarmonyError)
+"""What renderers have been seen to raise, when made or used, if they do not suit the tokenizer or the conversation."""
 
 _FAULTS = {
     ToolCallParseStatus.OK: "the tool call does not name a tool",
@@ -32,7 +33,7 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """What the model meant by its tokens. `tool_calls` has malformed calls too, in the order in which they were made."""
+    """A parsed answer. `tool_calls` includes malformed calls, in the order in which they were made."""
 
     content: str
     reasoning: str | None
@@ -40,7 +41,7 @@ class ParsedAnswer:
 
 
 class FamilyRenderer(Protocol):
-    """What the renderers of the `renderers` library and the derived one have in common."""
+    """The interface that the renderers of the `renderers` library and `DerivedRenderer` share."""
 
     def get_stop_token_ids(self) -> list[int]: ...
 
@@ -54,7 +55,7 @@ class FamilyRenderer(Protocol):
 
 
 class ChatRenderer:
-    """Turns messages of one model family into tokens and its tokens into answers."""
+    """Renders messages into the tokens of one model family, and parses its answers."""
 
     def __init__(self, name: str, tokenizer: Any, renderer: FamilyRenderer) -> None:
         self.name = name
@@ -65,62 +66,69 @@ class ChatRenderer:
         self.vocabulary_size = len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of text, special tokens written out among it, nothing put before or after."""
+        """The tokens of a text. Special tokens that are spelled out in it are recognised; none are added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens included. Broken UTF-8 becomes U+FFFD."""
+        """The text of tokens, special tokens included. Invalid UTF-8 becomes U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """The whole conversation, up to where the model's next turn begins.
+        """Render a whole conversation, the generation prompt of the next turn included.
 
-        A malformed call is shown as words, and some families (Mistral, Gemma) refuse results that answer no call: there these
-        are shown as a user's message.
+        A turn with a malformed call is in the messages as plain text, so that its results answer no call. Some families
+        (Mistral, Gemma) refuse such results: there they are rendered as messages of the user.
 
         Raises:
-            ConfigError: the family's form has no room for what is asked: tools, or a first message like this.
-            EngineError: it has none for what the model has said.
+            ConfigError: the family cannot render the tools or the first messages.
+            EngineError: the family cannot render what the model has said.
         """
-        refusal: Exception | None = None
-        for shown in (messages, _results_of_no_call_as_questions(messages)):
-            try:
-                return list(self._renderer.render_ids(_for_template(shown), tools=_specs(tools), add_generation_prompt=True))
-            except UNSUITABLE as reason:
-                refusal = refusal or reason
-        said = any(message["role"] == "assistant" for message in messages)
-        error = EngineError if said else ConfigError
-        raise error(f"renderer: {self.name!r} cannot render the conversation: {refusal}") from refusal
+        try:
+            return self._render(messages, tools)
+        except UNSUITABLE as refusal:
+            with contextlib.suppress(*UNSUITABLE):
+                return self._render(_results_of_no_call_as_questions(messages), tools)
+            said = any(message["role"] == "assistant" for message in messages)
+            error = EngineError if said else ConfigError
+            raise error(f"renderer: {self.name!r} cannot render the conversation: {refusal}") from refusal
 
     def next_prompt(
         self,
-        prompt_ids: Sequence[int],
-        completion_ids: Sequence[int],
+        prompt_ids: list[int],
+        completion_ids: list[int],
         new_messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]],
     ) -> list[int] | None:
-        """The last turn's prompt and completion to the letter, then the new messages up to where the next turn begins.
+        """The last turn's prompt and completion unchanged, then the new messages and the generation prompt of the next turn.
 
-        None where the model family's template changes history at this point, so that nothing but a fresh prompt will do:
-        Qwen3's, for example, drops the reasoning of all earlier turns when the user asks something new.
+        None if the family's template changes history at this point, so that a fresh prompt is needed: Qwen3's, for example,
+        drops the reasoning of all earlier turns when the user asks something new.
+
+        Raises:
+            InexactRolloutError: the renderer has changed the prompt or the completion.
         """
         bridged = self._renderer.bridge_to_next_turn(
-            list(prompt_ids), list(completion_ids), _for_template(new_messages), tools=_specs(tools)
+            prompt_ids, completion_ids, _for_template(new_messages), tools=_specs(tools)
         )
-        return None if bridged is None else list(bridged.token_ids)
+        if bridged is None:
+            return None
+        extended, history = list(bridged.token_ids), len(prompt_ids) + len(completion_ids)
+        if extended[: len(prompt_ids)] != prompt_ids or extended[len(prompt_ids) : history] != completion_ids:
+            raise InexactRolloutError(f"the next prompt of renderer {self.name!r} does not begin with the turns before it")
+        return extended
 
     def parse(
         self,
-        completion_ids: Sequence[int],
-        prompt_ids: Sequence[int],
+        completion_ids: list[int],
+        prompt_ids: list[int],
         tools: Sequence[dict[str, Any]],
         call_id_prefix: str,
     ) -> ParsedAnswer:
-        """Read an answer from its token ids. Calls whose format has no ids of its own get `call_id_prefix` and a number."""
+        """Parse an answer from its token ids. Calls without an id get `call_id_prefix` and a number."""
         try:
-            parsed = self._renderer.parse_response(list(completion_ids), tools=_specs(tools), prompt_ids=list(prompt_ids))
-        # What a model wrote can trip a parser (brackets nested by the thousand, numbers of thousands of digits); that is
-        # the model's doing and no reason to lose the trajectory.
+            parsed = self._renderer.parse_response(completion_ids, tools=_specs(tools), prompt_ids=prompt_ids)
+        # A model can write what makes a parser fail, e.g. thousands of nested brackets. The trajectory goes on: to the model
+        # it is a malformed call.
         except (*UNSUITABLE, RecursionError) as reason:
             text = self.decode([token for token in completion_ids if token not in self.stop_token_ids])
             call = ToolCall(f"{call_id_prefix}_0", "", None, text, f"the answer could not be parsed: {reason}")
@@ -128,16 +136,22 @@ class ChatRenderer:
         calls = tuple(_tool_call(call, f"{call_id_prefix}_{number}") for number, call in enumerate(parsed.tool_calls))
         return ParsedAnswer(parsed.content, parsed.reasoning_content, calls)
 
+    def _render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        return list(self._renderer.render_ids(_for_template(messages), tools=_specs(tools), add_generation_prompt=True))
+
 
 def _specs(tools: Sequence[dict[str, Any]]) -> Any:
     return list(tools) or None
 
 
 def _for_template(messages: Sequence[dict[str, Any]]) -> Any:
-    """Arguments as objects: templates write them as JSON themselves, and some cannot take a string."""
+    """Arguments as objects: templates write them as JSON themselves, and some cannot take a string.
+
+    Only messages from outside, such as an environment's own examples, have them as text.
+    """
     return [
         message | {"tool_calls": [_with_object_arguments(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
+        if not all(isinstance(call["function"].get("arguments"), dict) for call in message.get("tool_calls") or ())
         else message
         for message in messages
     ]

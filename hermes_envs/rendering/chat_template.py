@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it takes, and how it writes a conversation."""
+"""A tokenizer's chat template: what it accepts, and how it writes a conversation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jinja2
 from hermes_envs.errors import ConfigError
 
 TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
-"""What rendering has been seen to raise: templates refuse conversations, and trip over shapes that they do not expect."""
+"""What rendering has been seen to raise: templates refuse conversations, and fail at shapes that they do not expect."""
 
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
@@ -46,7 +46,7 @@ def call_message(content: str, names: Sequence[str], ids: Sequence[str], argumen
 
 
 def result_message(content: str = "A door.") -> dict[str, Any]:
-    """What the probe tool returned."""
+    """A message with a result of the probe tool."""
     return {"role": "tool", "tool_call_id": "look00000", "name": PROBE_TOOL["function"]["name"], "content": content}
 
 
@@ -74,12 +74,12 @@ class ChatTemplate:
             question, [PROBE_TOOL]
         )
         self.generation_prompt = self.text(question, ())[len(self.text(question, (), add_generation_prompt=False)) :]
-        """What stands between the last message and the model's first token."""
+        """The text between the last message and the model's first token."""
 
     def text(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the template writes it. Raises whatever the template does."""
+        """A conversation as the template writes it. Raises what the template raises: one of `TEMPLATE_ERRORS`."""
         return str(self._apply(messages, tools, add_generation_prompt, tokenize=False))
 
     def ids(
@@ -89,7 +89,7 @@ class ChatTemplate:
         return list(self._apply(messages, tools, add_generation_prompt, tokenize=True))
 
     def accepts(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> bool:
-        """Whether the template renders this at all."""
+        """Whether the template renders this conversation without an error."""
         try:
             self.text(messages, tools)
         except TEMPLATE_ERRORS:
@@ -109,7 +109,7 @@ class ChatTemplate:
 
 
 def with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose ids of calls have the length that Mistral's templates ask for."""
+    """The message with ids of calls that have the length which Mistral's templates require."""
     if "tool_call_id" in message:
         return message | {"tool_call_id": _short_id(message["tool_call_id"])}
     if message.get("tool_calls"):

@@ -49,7 +49,7 @@ PROBED_RENDERERS = (
 # Chosen by name alone: its renderer fetches an encoding from the network when it is made.
 GPT_OSS = "gpt-oss"
 RENDERER_NAMES = (*PROBED_RENDERERS, GPT_OSS, DERIVED)
-"""What `renderer` may name beside `auto`."""
+"""The values of the option `renderer` beside `auto`."""
 
 # In renderers 0.1.12 their bridges lack the newline that their own prompts and the templates have after a turn.
 FAULTY_BRIDGES = ("laguna-xs.2", "laguna-m.1")
@@ -90,11 +90,11 @@ _PROBES = [
 
 
 def create_chat_renderer(tokenizer: Any, name: str = "auto") -> ChatRenderer:
-    """Make the renderer for a tokenizer, without touching the network unless it is gpt-oss's.
+    """Make the renderer for a tokenizer. Needs the network for gpt-oss only.
 
-    `auto` goes by the tokenizer's name where that is a published model's with a sound renderer, else takes the first renderer
-    that agrees with the tokenizer's own chat template, token for token, on conversations with tools; where none does, one is
-    derived from the template.
+    `auto` takes the renderer of the published model that the tokenizer is named after, if there is one and it begins prompts
+    as the tokenizer's chat template does; else the first renderer that agrees with that template, token for token, on
+    conversations with tools; else one that is derived from the template.
 
     Raises:
         ConfigError: `name` is unknown or does not suit the tokenizer, or there is no chat template to go by.
@@ -127,7 +127,7 @@ def _create(tokenizer: Any, name: str) -> ChatRenderer:
 
 def _automatic(tokenizer: Any) -> ChatRenderer:
     published = MODEL_RENDERER_MAP.get(tokenizer.name_or_path)
-    # gpt-oss' channels are more than a template shows.
+    # A comparison with its template could not show that gpt-oss' channels are right.
     if published is not None and (published == GPT_OSS or not tokenizer.chat_template):
         return create_chat_renderer(tokenizer, published)
     template = ChatRenderer(DERIVED, tokenizer, DerivedRenderer(tokenizer, to_compare=True))
@@ -149,14 +149,14 @@ def _automatic(tokenizer: Any) -> ChatRenderer:
 
 
 def _begin_alike(renderer: ChatRenderer, template: ChatRenderer) -> bool:
-    """Whether first prompts are the chat template's, where that takes tools at all."""
+    """Whether first prompts are those of the chat template; prompts that the template refuses are not compared."""
     return all(_prompt(template, first) in (None, _prompt(renderer, first)) for first in _PROBES[:2])
 
 
 def _agree(candidate: ChatRenderer, template: ChatRenderer) -> bool:
-    """Whether a renderer writes what the chat template does: prompts, and what comes between a turn and the next.
+    """Whether a renderer writes the same prompts and the same bridges between turns as the chat template.
 
-    One that rather renders afresh than bridges is not wrong.
+    Bridges are compared only where both have one: a renderer may always render a fresh prompt instead.
     """
     if any(_prompt(candidate, messages) != _prompt(template, messages) for messages in _PROBES):
         return False
@@ -169,7 +169,7 @@ def _agree(candidate: ChatRenderer, template: ChatRenderer) -> bool:
 
 
 def _prompt(renderer: ChatRenderer, messages: list[dict[str, Any]]) -> list[int] | None:
-    """A prompt with tools, None where that is refused."""
+    """A prompt with tools; None if the renderer refuses it."""
     try:
         return renderer.prompt(messages, _PROBE_TOOLS)
     except (ConfigError, EngineError):

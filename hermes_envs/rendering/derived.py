@@ -1,8 +1,8 @@
-"""A renderer for any tokenizer with a chat template, derived from what the template does.
+"""A renderer for any tokenizer with a chat template, derived from what the template writes.
 
-Follows the recorder of docs/architecture.md "Exact tokens". The first prompt is the template's. What stands between an answer
-and the next turn is found by rendering a conversation whose last answer is a sentinel, followed by the new messages, and
-taking what comes after the sentinel. It is appended to the tokens that were sampled, which no template ever sees.
+As docs/architecture.md "Exact tokens" says: the first prompt is the template's. The tokens between an answer and the next turn
+are found by rendering a conversation whose last answer is a sentinel, followed by the new messages; what comes after the
+sentinel is appended to the sampled tokens, which themselves never go through the template.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from hermes_envs.rendering.answer_grammar import AnswerGrammar
 from hermes_envs.rendering.chat_template import PROBE_TOOL, TEMPLATE_ERRORS, USER, ChatTemplate, call_message, result_message
 
 SENTINEL = "zxsentinelxz"
-"""Stands for an answer. Letters only: no template trims, escapes or splits it."""
+"""A placeholder for an answer. Letters only: no template trims, escapes or splits it."""
 
 REASONING = "zxreasoningxz"
-"""Stands for the reasoning of an answer."""
+"""A placeholder for the reasoning of an answer."""
 
 MARK = "zxmarkxz"
-"""Stands for the content of a new message."""
+"""A placeholder for the content of a new message."""
 
 GENERATION_CONFIG = "generation_config.json"
+
+REMEMBERED_PROMPTS = 4096
+"""Prompts of which it is remembered whether they have reasoning: at least as many as there are conversations at once."""
 
 Message = dict[str, Any]
 
 
 class DerivedRenderer:
-    """Prompts, stop tokens, bridges and answers of a model of which only the tokenizer is known."""
+    """The renderer of a model of which only the tokenizer is known. Implements `FamilyRenderer`."""
 
     def __init__(self, tokenizer: Any, *, to_compare: bool = False) -> None:
-        """`to_compare`: only to see what the template writes; answers to it need not be readable.
+        """`to_compare`: used only to see what the template writes, so that answers need not be parseable.
 
         Raises:
             ConfigError: there is no chat template, or it does not end an assistant's turn with a special token.
@@ -55,11 +58,13 @@ class DerivedRenderer:
         self._opens_reasoning = generation_prompt.rfind("<think>") > generation_prompt.rfind("</think>")
         self._reasoning_end = self._end_of_reasoning()
         self._grammar = AnswerGrammar.of(tokenizer, self._rendered_call())
+        self._reasoned: dict[int, bool] = {}
+        """By the hash of a prompt that was bridged to, oldest first: whether the model has reasoned in it."""
         if not to_compare:
             self._check_answers()
 
     def get_stop_token_ids(self) -> list[int]:
-        """What ends an assistant's turn in the template, and what the tokenizer and the model's generation config add."""
+        """The token that ends an assistant's turn in the template, then those of the tokenizer and the generation config."""
         return list(self._stops)
 
     def render_ids(
@@ -90,7 +95,7 @@ class DerivedRenderer:
     def parse_response(
         self, token_ids: Sequence[int], *, tools: Sequence[dict[str, Any]] | None = None, prompt_ids: object = None
     ) -> ParsedResponse:
-        """Read an answer from its token ids; a prompt that opens the reasoning is known from the template."""
+        """Parse an answer from its token ids. `prompt_ids` are not needed: whether a prompt opens the reasoning is known."""
         return self._grammar.parse(
             list(token_ids), stop_ids=set(self._stops), tools=tools, prefilled_thinking=self._opens_reasoning
         )
@@ -103,28 +108,31 @@ class DerivedRenderer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> RenderedTokens | None:
-        """The last prompt and completion to the letter, then what the template puts between them and the next turn.
+        """The last prompt and completion unchanged, then what the template writes between them and the next turn.
 
-        A completion without a stop token gets the turn's end as context. None where the template changes what stands before
-        the new messages: it drops reasoning, or moves the tools to the last question.
+        A completion without a stop token gets the turn's end as context. None if the template changes what comes before the
+        new messages, e.g. because it drops reasoning or moves the tools to the last question: a fresh prompt is needed.
         """
         previous = [*previous_prompt_ids, *previous_completion_ids]
-        delta = self._delta(new_messages, tools or (), reasoned=self._has_reasoning(previous))
+        reasoned = self._has_reasoning(previous_prompt_ids, previous_completion_ids)
+        delta = self._delta(new_messages, tools or (), reasoned=reasoned)
         if delta is None:
             return None
         last = previous[-1]
         if last in self._stops:
-            # Where the next role's token ends a turn, as in GLM, another stop token cannot stand for it.
+            # Where the next role's token ends a turn, as in GLM, it must be that very token.
             if last != delta[0] and delta[0] not in self._closing:
                 return None
             delta = delta[1:]
-        return RenderedTokens(token_ids=previous + delta, message_indices=[])
+        previous += delta
+        self._remember(previous, reasoned)
+        return RenderedTokens(token_ids=previous, message_indices=[])
 
     def _delta(self, new_messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, reasoned: bool) -> list[int] | None:
-        """What follows an answer, its closing token included; None if the history before it is not left as it was.
+        """What follows an answer, its closing token included; None if the template changes the history before it.
 
-        That is tried on a short history and, with tools, after a cycle of call and result too: there are templates that keep
-        the reasoning of the last turn alone, and one (Mistral Nemo's) that shows the system message in the first prompt alone.
+        Both a short history and, with tools, one with a call and its result are tried: some templates keep the reasoning of
+        the last turn only, and Mistral Nemo's shows the system message in the first prompt only.
         """
         for dressed in (_with_reasoning_field, _with_reasoning_inline) if reasoned else (_plain,):
             opening = self._template.opening
@@ -155,39 +163,50 @@ class DerivedRenderer:
             kept = not reasoned or said.count(REASONING) == 1 + sum(message["role"] == "assistant" for message in history)
             if sentinel and end and shows and kept and _extends(before, said):
                 delta = self._encode(rest[end.start() :])
-                # Not so where a stop is no token to the tokenizer: what follows would then merge with what was said.
+                # A stop that the tokenizer does not know as a token could merge with the answer's last token.
                 return delta if delta[0] in self._stops else None
         return None
 
     def _shows(self, history: list[Message], new_messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> bool:
-        """Whether the template writes the new messages at all: Gemma's leaves results out that answer no call."""
+        """Whether the template writes all new messages: Gemma's omits results that answer no call."""
         marked = [message | {"content": MARK} for message in new_messages]
         return self._template.text([*history, *marked], tools).partition(SENTINEL)[2].count(MARK) == len(marked)
 
-    def _has_reasoning(self, token_ids: Sequence[int]) -> bool:
-        """Whether the model has reasoned, as far as can be seen: what it said stands between a generation prompt and a stop."""
+    def _has_reasoning(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bool:
+        """Whether the model has reasoned in any turn. Decodes the prompt only if it was not bridged to."""
         if self._opens_reasoning:
             return True
+        reasoned = self._reasoned.pop(hash(tuple(prompt_ids)), None)
+        if reasoned is None:
+            reasoned = self._shows_reasoning(self._decode(prompt_ids))
+        return reasoned or self._shows_reasoning(self._template.generation_prompt + self._decode(completion_ids))
+
+    def _remember(self, prompt_ids: Sequence[int], reasoned: bool) -> None:
+        self._reasoned[hash(tuple(prompt_ids))] = reasoned
+        if len(self._reasoned) > REMEMBERED_PROMPTS:
+            del self._reasoned[next(iter(self._reasoned))]
+
+    def _shows_reasoning(self, text: str) -> bool:
+        """Whether a turn of the model, which begins after a generation prompt and ends at a stop, has reasoning."""
         generation_prompt = self._template.generation_prompt
-        text = self._decode(token_ids)
         turns = text.split(generation_prompt)[1:] if generation_prompt else [text]
         said = [self._stop_texts.split(turn, maxsplit=1)[0] for turn in turns]
         return any("think>" in turn or self._reasoning_end in turn for turn in said)
 
     def _end_of_reasoning(self) -> str:
-        """What the template writes between reasoning and answer, where it knows reasoning."""
+        """What the template writes between reasoning and answer; `</think>` if it shows no reasoning."""
         answer = _with_reasoning_field({"role": "assistant", "content": SENTINEL})
         text = self._template.text([*self._template.opening, answer], (), add_generation_prompt=False)
         _, reasoning, rest = text.partition(REASONING)
         return (rest.partition(SENTINEL)[0].strip() if reasoning else "") or "</think>"
 
     def _closing_tokens(self) -> frozenset[int]:
-        """What closes an answer, last in a conversation or not; empty where nothing does and the next role follows at once."""
+        """The tokens that close an answer, at the end of a conversation or before another message; may be empty."""
         last, followed = self._first_added(self._tail(())), self._first_added(self._tail([USER]))
         return frozenset() if last is None else frozenset(token for token in (followed, last) if token is not None)
 
     def _stop_tokens(self) -> tuple[int, ...]:
-        """The template's first, then others. Raises: ConfigError: the template ends a turn with ordinary text."""
+        """The template's stop token, then others. Raises: ConfigError: the template ends a turn with ordinary text."""
         found = [token for token in (self._closing or self._role_tokens()) if token is not None]
         if not found:
             raise ConfigError(
@@ -195,18 +214,18 @@ class DerivedRenderer:
                 f"but with {self._tail([USER])!r}; exact rollouts need one"
             )
         hints = [self._tokenizer.eos_token_id, *_generation_config_stops(str(self._tokenizer.name_or_path))]
-        # A config may be of a model with more tokens: to one without text every turn would seem to have ended.
+        # A config may belong to a model with more tokens, and a stop without text would match everywhere.
         known = range(len(self._tokenizer))
         return tuple(dict.fromkeys([*found, *(token for token in hints if token in known and self._decode([token]))]))
 
     def _tail(self, new_messages: Sequence[Message]) -> str:
-        """What follows an answer in words."""
+        """What the template writes after an answer without calls."""
         answer = {"role": "assistant", "content": SENTINEL}
         text = self._template.text([*self._template.opening, answer, *new_messages], (), add_generation_prompt=False)
         return text.rpartition(SENTINEL)[2]
 
     def _role_tokens(self) -> Iterator[int | None]:
-        """What begins the messages that may follow an answer."""
+        """The tokens that begin the messages that may follow an answer: a question, a tool's result."""
         yield self._first_added(self._tail([USER]))
         calls = [*self._template.opening, _probe_call(SENTINEL)]
         try:
@@ -218,7 +237,7 @@ class DerivedRenderer:
             yield self._first_added(answered[len(called) :])
 
     def _check_answers(self) -> None:
-        """Raises: ConfigError: the template writes more around an answer's words than reasoning, as gpt-oss' channels."""
+        """Raises: ConfigError: the template frames an answer with more than reasoning, such as gpt-oss' channels."""
         before = self._template.text(self._template.opening, ())
         answer = {"role": "assistant", "content": SENTINEL}
         said = self._template.text([*self._template.opening, answer, USER], ()).partition(SENTINEL)[0]
@@ -230,7 +249,7 @@ class DerivedRenderer:
             )
 
     def _rendered_call(self) -> str:
-        """How the template writes a call; empty if it does not."""
+        """How the template writes a call; empty if it refuses calls."""
         history = self._template.opening
         try:
             before = self._template.text(history, [PROBE_TOOL])
@@ -256,7 +275,7 @@ class DerivedRenderer:
 
 
 def _answers(new_messages: Sequence[Message]) -> Iterator[Message]:
-    """Sentinel answers that the new messages may follow: calls whose results they are, words if a template knows no calls."""
+    """Sentinel answers that the new messages may follow: calls that they are the results of, and plain text."""
     results = [message for message in new_messages if message["role"] == "tool"]
     if results:
         names = [message.get("name") or PROBE_TOOL["function"]["name"] for message in results]
@@ -266,10 +285,7 @@ def _answers(new_messages: Sequence[Message]) -> Iterator[Message]:
 
 
 def _extends(before: str, said: str) -> bool:
-    """Whether a history was left as it was.
-
-    Whitespace aside: Hermes 3's template ends the last tool response without the newline that it has in any other.
-    """
+    """Whether the history is unchanged but for whitespace: Hermes 3's template omits the newline after the last response."""
     return "".join(said.split()).startswith("".join(before.split()))
 
 
@@ -290,7 +306,7 @@ def _probe_call(argument: str) -> Message:
 
 
 def _generation_config_stops(name_or_path: str) -> list[Any]:
-    """The end tokens of the generation config beside the tokenizer, on this machine; none if it is not there.
+    """The end tokens of the generation config beside the tokenizer on this machine; empty if there is no such file.
 
     Raises:
         ConfigError: it is no generation config.

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
-import os
-import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_envs.errors import EnvironmentBuildError
-
-BRANCH = "main"
-
-_IDENTITY = {
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "hermes-envs"), ("EMAIL", "hermes-envs@localhost"), ("DATE", "2000-01-01T00:00:00 +0000"))
-}
+from hermes_envs.repositories.git import BRANCH, run_git
 
 
 @dataclass(frozen=True)
@@ -71,50 +60,28 @@ class RepositoryCache:
 
     def _fetch(self, scratch: Path, url: str, revision: str, generation: int) -> None:
         # Folders of other users are only read here, and nothing in them is run.
-        (scratch / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
-        git = functools.partial(self._git, home=scratch)
-        git_directory = scratch / "repository.git"
-        git(scratch, "init", "--quiet", "--bare", str(git_directory))
+        configuration = scratch / ".gitconfig"
+        configuration.write_text("[safe]\n\tdirectory = *\n")
+        environment = {"HOME": str(scratch), "GIT_CONFIG_GLOBAL": str(configuration)}
+
+        def git(*arguments: str) -> str:
+            output = run_git(repository, *arguments, error=EnvironmentBuildError, timeout_s=self._timeout_s, env=environment)
+            return output.decode(errors="replace").strip()
+
+        repository = scratch / "repository.git"
+        repository.mkdir()
+        git("init", "--quiet", "--bare")
         try:
-            git(git_directory, "fetch", "--quiet", f"--depth={generation + 1}", "--no-tags", url, revision)
+            git("fetch", "--quiet", f"--depth={generation + 1}", "--no-tags", url, revision)
         except EnvironmentBuildError:
             # Servers may refuse to hand out a commit that no branch points to; everything has it.
-            git(git_directory, "fetch", "--quiet", "--no-tags", url, "+refs/*:refs/fetched/*")
-            git(git_directory, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}")
-            git(git_directory, "update-ref", "FETCH_HEAD", f"{revision}^{{commit}}")
-        tree = git(git_directory, "rev-parse", f"FETCH_HEAD~{generation}^{{tree}}")
-        commit = git(git_directory, "commit-tree", tree, "-m", "Start of the task")
-        git(git_directory, "update-ref", f"refs/heads/{BRANCH}", commit)
-        git(git_directory, "symbolic-ref", "HEAD", f"refs/heads/{BRANCH}")
+            git("fetch", "--quiet", "--no-tags", url, "+refs/*:refs/fetched/*")
+            git("rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}")
+            git("update-ref", "FETCH_HEAD", f"{revision}^{{commit}}")
+        commit = git("commit-tree", f"FETCH_HEAD~{generation}^{{tree}}", "-m", "Start of the task")
+        git("update-ref", f"refs/heads/{BRANCH}", commit)
+        git("symbolic-ref", "HEAD", f"refs/heads/{BRANCH}")
         snapshot = scratch / "snapshot"
         snapshot.mkdir()
-        git(git_directory, "bundle", "create", "--quiet", str(snapshot / "bundle"), "HEAD", f"refs/heads/{BRANCH}")
+        git("bundle", "create", "--quiet", str(snapshot / "bundle"), "HEAD", f"refs/heads/{BRANCH}")
         (snapshot / "commit").write_text(commit)
-
-    def _git(self, directory: Path, *arguments: str, home: Path) -> str:
-        git = shutil.which("git")
-        if git is None:
-            raise EnvironmentBuildError("git is not installed")
-        environment = {
-            "PATH": os.defpath,
-            "HOME": str(home),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_TERMINAL_PROMPT": "0",
-            **_IDENTITY,
-        }
-        try:
-            done = subprocess.run(
-                [git, *arguments],
-                cwd=directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=self._timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as reason:
-            raise EnvironmentBuildError(f"git {arguments[0]} took longer than {self._timeout_s:g} s") from reason
-        if done.returncode != 0:
-            problem = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-            raise EnvironmentBuildError(f"git {' '.join(arguments[:1])} failed: {problem[-1]}")
-        return done.stdout.decode(errors="replace").strip()

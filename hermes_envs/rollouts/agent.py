@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.errors import EngineError
+from hermes_envs.errors import EngineError, EngineRefusalError
 from hermes_envs.policies.base import ContextFullError, Conversation, Message, Turn
 from hermes_envs.rollouts.trajectory import End, Episode, Stopwatch, ToolCounts
 from hermes_envs.tools.call import ToolCall
@@ -59,15 +59,16 @@ class Agent:
         its own time is over.
 
         Raises:
-            EngineError: the policy's engine failed, or had neither room nor time for a first turn.
+            EngineError: the policy's engine failed, had neither room nor time for a first turn, or the record does not hold.
             SandboxError: the slot failed.
         """
         progress = _Progress(list(prompt))
         end = await self._play(conversation, workspace, stopwatch, progress, deadline)
+        conversation.record.check()
         return Episode(
-            trajectory_id=conversation.rollout.rollout_id,
+            trajectory_id=conversation.record.trajectory_id,
             messages=progress.messages,
-            rollout=conversation.rollout,
+            record=conversation.record,
             end=end,
             steps=progress.steps,
             tool_counts=progress.counts,
@@ -82,11 +83,15 @@ class Agent:
             try:
                 with stopwatch.measure("model"):
                     turn = await _respond(conversation, new_messages, deadline)
-            except (ContextFullError, _TimeOverError) as reason:
+            # Without a first turn the policy has not done anything that it could be judged by.
+            except ContextFullError as reason:
                 if not progress.steps:
-                    # The policy has not done anything that it could be judged by.
-                    raise EngineError(f"there is no first turn: {reason}") from reason
-                return "context" if isinstance(reason, ContextFullError) else "timeout"
+                    raise EngineRefusalError(f"there is no room for a first turn: {reason}") from reason
+                return "context"
+            except _TimeOverError as reason:
+                if not progress.steps:
+                    raise EngineError(f"there is no time for a first turn: {reason}") from reason
+                return "timeout"
             progress.steps += 1
             progress.messages.append(turn.message)
             if not turn.tool_calls:

@@ -27,7 +27,7 @@ INFRASTRUCTURE = (SandboxError, EngineError, ToolServerError, PhaseTimeoutError)
 async def attempt(
     name: str, action: Callable[[], Awaitable[Result]], *, attempts: int, env_name: str
 ) -> Result | FailedRollout:
-    """Do it, up to `attempts` times while infrastructure fails. What is raised all the same ends the run."""
+    """Do it, up to `attempts` times while infrastructure fails in a way that may pass. What this raises ends the run."""
     number = 0
     while True:
         number += 1
@@ -40,8 +40,9 @@ async def attempt(
         except INFRASTRUCTURE as reason:
             problem = f"{type(reason).__name__}: {reason}"
             logger.warning("%s: attempt %d of %d: %s", name, number, attempts, problem)
-            if number == attempts:
-                return FailedRollout(name, problem, number)
+            may_pass = not isinstance(reason, EngineError) or reason.retryable
+            if number == attempts or not may_pass:
+                return FailedRollout(name, problem, number, may_pass=may_pass)
         except HermesEnvsError:
             raise
         except Exception as reason:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hermes_envs.policies.base import Message
+from hermes_envs.policies.base import Message, with_text_arguments
 from hermes_envs.policies.token_record import Segment
 from hermes_envs.rollouts.trajectory import Trajectory
 
@@ -27,6 +27,8 @@ class FailedRollout:
     reason: str
     attempts: int
     blame: Blame = "infrastructure"
+    may_pass: bool = True
+    """Whether another try could end better."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Group:
 
     @property
     def may_be_tried_again(self) -> bool:
-        """Whether nothing but infrastructure failed: a defect, or a task that cannot be built, would only fail again."""
-        return all(failure.blame == "infrastructure" for failure in self.failures)
+        """Whether nothing failed that would only fail again, as a defect does, or a task that cannot be built."""
+        return all(failure.blame == "infrastructure" and failure.may_pass for failure in self.failures)
 
     @property
     def scores(self) -> list[float]:
@@ -85,11 +87,11 @@ class Group:
 
 def _number_of_segments(trajectory: Trajectory) -> int:
     """A rollout of a policy without tokens counts as one segment without tokens."""
-    return max(1, len(trajectory.rollout.segments))
+    return max(1, len(trajectory.record.segments))
 
 
 def _segment(trajectory: Trajectory, number: int) -> Segment:
-    segments = trajectory.rollout.segments
+    segments = trajectory.record.segments
     if number < len(segments):
         return segments[number]
     filler = Segment()
@@ -106,5 +108,5 @@ def _overrides(trajectory: Trajectory, number: int) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
-    """atroposlib's server takes messages whose content is text."""
-    return [{**message, "content": message.get("content") or ""} for message in messages]
+    """atroposlib's server takes messages whose content is text; a record has the arguments of calls as text, too."""
+    return [{**with_text_arguments(message), "content": message.get("content") or ""} for message in messages]

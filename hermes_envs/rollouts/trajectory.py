@@ -68,7 +68,7 @@ class Episode:
 
     trajectory_id: str
     messages: list[Message]
-    rollout: TokenRecord
+    record: TokenRecord
     end: End
     steps: int
     tool_counts: ToolCounts
@@ -99,7 +99,7 @@ class Trajectory(Episode):
             "trajectory_id": self.trajectory_id,
             "end": self.end,
             "steps": self.steps,
-            "engine_calls": self.rollout.engine_calls,
+            "engine_calls": self.record.engine_calls,
             "tool_calls_attempted": self.tool_counts.attempted,
             "tool_calls_schema_valid": self.tool_counts.schema_valid,
             "tool_calls_executed_ok": self.tool_counts.executed_ok,

@@ -13,6 +13,7 @@ from atroposlib.envs.base import APIServer, APIServerConfig
 from atroposlib.envs.server_handling.server_baseline import ServerBaseline
 
 from hermes_envs.errors import ConfigError
+from hermes_envs.policies.token_endpoint import check_server_type
 
 logger = logging.getLogger(__name__)
 
@@ -21,33 +22,34 @@ PLACEHOLDER_TOKENIZER = Path(__file__).parent.parent / "placeholder_tokenizer"
 
 
 class UnusedServer(APIServer):  # type: ignore[misc]
-    """Stands where atroposlib makes an engine client that the policy never asks; that client wants a key and a tokenizer."""
+    """Stands where atroposlib makes an engine client, which would want a key and a tokenizer; policies have their own."""
 
     async def check_server_status_task(self, chat_completion: bool = True) -> None:
         """There is nothing to check."""
 
-    async def _chat_completion_wrapper(self, **kwargs: Any) -> NoReturn:
-        raise ConfigError("this policy does not ask atroposlib's servers")
+    async def _never_asked(self, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError
 
-    _completion_wrapper = _tokens_and_logprobs_completion_wrapper = _chat_completion_wrapper
+    _chat_completion_wrapper = _completion_wrapper = _tokens_and_logprobs_completion_wrapper = _never_asked
 
 
 def usable_endpoints(policy: str, servers: ServerBaseline | list[APIServerConfig]) -> list[APIServerConfig]:
     """The configured endpoints; a single one without address for a policy that asks no model.
 
     Raises:
-        ConfigError: the policy needs one, and guessing a server would be a silent fallback.
+        ConfigError: the policy needs one, and guessing a server would be a silent fallback; or one that returns token ids.
     """
     if policy in ("oracle", "nop"):
         return [APIServerConfig(base_url="")]
-    configured = servers if isinstance(servers, list) else []
-    if not configured or not all(server.base_url for server in configured):
+    if not isinstance(servers, list) or not servers or not all(server.base_url for server in servers):
         raise ConfigError(
             f"openai.base_url: no inference endpoint is configured, and policy {policy!r} needs one: pass "
             "--openai.base_url URL --openai.model_name NAME, or try scripts/demo, which needs no model"
         )
-    # The SDK refuses to start without a key, and engines of one's own have none.
-    return [server.model_copy(update={"api_key": server.api_key or "none"}) for server in configured]
+    if policy == "tokens":
+        for server in servers:
+            check_server_type(server)
+    return servers
 
 
 def hide_api_keys() -> None:

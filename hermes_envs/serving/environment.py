@@ -33,7 +33,7 @@ class ServedEnvironment(Protocol):
     def enroll(self, registration: Registration, trainer: TrainerInfo) -> None:
         """Take over what the API said when the environment registered."""
 
-    async def limit_requests(self, weight: float) -> None:
+    def limit_requests(self, weight: float) -> None:
         """Ask engines for no more than this share of what they take at once; the rest belongs to other environments."""
 
     async def start_wandb(self, project: str | None, name: str, group: str | None) -> None:

@@ -188,7 +188,7 @@ class Serving:
             await self._pause(1.0)
 
     async def _note_step(self, status: EnvironmentStatus) -> None:
-        await self._env.limit_requests(status.env_weight)
+        self._env.limit_requests(status.env_weight)
         await self._schedule.note_step(
             status, lambda step: [*self._outbox.tickets(step), *self._workers.values()], self._metrics(status)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import random
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -118,16 +118,16 @@ def _body(function: _Function) -> list[ast.stmt]:
 def _own_nodes(function: _Function) -> Iterator[ast.AST]:
     """The function itself and the nodes of its body, without nested functions, f-strings, annotations and what is raised."""
     yield ast.copy_location(ast.Module(_body(function), []), function)
-    pending: list[ast.AST] = list(_body(function))
+    pending: deque[ast.AST] = deque(_body(function))
     while pending:
-        node = pending.pop(0)
+        node = pending.popleft()
         # Positions inside of f-strings are wrong before Python 3.12.
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.JoinedStr, ast.Raise, ast.Assert)):
             continue
         yield node
         for name, value in ast.iter_fields(node):
             if name != "annotation":
-                pending += [child for child in (value if isinstance(value, list) else [value]) if isinstance(child, ast.AST)]
+                pending.extend(child for child in (value if isinstance(value, list) else [value]) if isinstance(child, ast.AST))
 
 
 def _describe(source: SourceText, path: str, function: _Function, qualified_name: str) -> FunctionInfo:
@@ -147,13 +147,14 @@ class MutationPlan:
 
     def __init__(self, texts: Mapping[str, str], seed: str, called: Collection[tuple[str, int]] | None = None) -> None:
         """`texts` are the modules by path; `called` holds path and first line of the functions that tests reach."""
-        chance = random.Random(seed)
+        called_lines: defaultdict[str, set[int]] = defaultdict(set)
+        for path, line in called or ():
+            called_lines[path].add(line)
         self._texts = texts
         self._pending: list[Mutation] = []
         for path in sorted(texts):
-            lines = None if called is None else {line for other, line in called if other == path}
-            self._pending += find_mutations(path, texts[path], lines)
-        chance.shuffle(self._pending)
+            self._pending += find_mutations(path, texts[path], None if called is None else called_lines[path])
+        random.Random(seed).shuffle(self._pending)
 
     def __len__(self) -> int:
         return len(self._pending)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from backends.base import ToolBackend
 from hermes_envs.errors import TaskBuildError
+from hermes_envs.grading.test_run import TestRun
 from hermes_envs.task_building.mutation import FunctionInfo, Mutation, MutationPlan, is_test_path
 from hermes_envs.task_building.problem_statement import write_problem_statement
 from hermes_envs.task_building.source_distribution import SourceDistribution, build_wheels, fetch
-from hermes_envs.task_building.suite_runner import Failure, SuiteRun, SuiteRunner
-from hermes_envs.task_building.task_folder import WHEELS, TaskRow, repository_path, write_rows
+from hermes_envs.task_building.suite_runner import Failure, SuiteRunner
+from hermes_envs.task_building.task_folder import WHEELS, TaskRow, add_rows, repository_path
 from hermes_envs.task_building.task_repository import TaskRepository
 
 OWNER = "pypi"
@@ -44,9 +46,10 @@ class BuilderOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Bug:
-    """Mutations that tests tell of."""
+    """Mutations that tests tell of; `edits` are the contents of the files that have them."""
 
     mutations: tuple[Mutation, ...]
+    edits: dict[str, bytes]
     fail_to_pass: tuple[str, ...]
     pass_to_pass: tuple[str, ...]
     failures: dict[str, Failure]
@@ -72,10 +75,11 @@ class BuiltPackage:
 
 
 class PackageBuilder:
-    """Makes the tasks of one package. `report` gets lines about the progress."""
+    """Makes the tasks of one package. Tests run in slots of the backend; `report` gets lines about the progress."""
 
-    def __init__(self, options: BuilderOptions, report: Callable[[str], None]) -> None:
+    def __init__(self, options: BuilderOptions, backend: ToolBackend, report: Callable[[str], None]) -> None:
         self._options = options
+        self._backend = backend
         self._report = report
 
     async def build(self, package: str, folder: Path) -> BuiltPackage:
@@ -83,15 +87,18 @@ class PackageBuilder:
 
         Raises:
             TaskBuildError: the package cannot be fetched, or its tests cannot be run or do not pass.
+            EnvironmentBuildError: the environment of its tasks cannot be built.
+            SandboxError: a slot failed.
         """
         with tempfile.TemporaryDirectory(dir=folder.parent) as directory:
             scratch = Path(directory)
             source = await fetch(package, scratch)
             self._report(f"{source.name} {source.version}: fetched")
             install_commands = await self._collect_wheels(source, folder / WHEELS)
-            runner = SuiteRunner(scratch)
-            await runner.prepare(source.tree, install_commands, folder / WHEELS)
-            search = _BugSearch(self._options, self._report, source, runner)
+            wheels = await asyncio.to_thread(lambda: sorted((folder / WHEELS).glob("*.whl")))
+            runner = await SuiteRunner.for_tree(self._backend, source.tree, install_commands=install_commands, wheels=wheels)
+            texts = await asyncio.to_thread(_modules, source.tree)
+            search = _BugSearch(self._options, self._report, source.name, texts, runner)
             bugs = await search.find()
             rows = await asyncio.to_thread(_write, folder, scratch / "repository", source, bugs, install_commands)
             return BuiltPackage(source.name, source.version, tuple(rows), search.dropped)
@@ -108,14 +115,19 @@ class _BugSearch:
     """The search for bugs in one package."""
 
     def __init__(
-        self, options: BuilderOptions, report: Callable[[str], None], source: SourceDistribution, runner: SuiteRunner
+        self,
+        options: BuilderOptions,
+        report: Callable[[str], None],
+        name: str,
+        texts: dict[str, str],
+        runner: SuiteRunner,
     ) -> None:
+        """`texts` are the modules of the package by path."""
         self._options = options
         self._report = report
-        self._name = source.name
-        self._tree = source.tree
+        self._name = name
+        self._texts = texts
         self._runner = runner
-        self._texts = _modules(source.tree)
         self._timeout_s = options.suite_timeout_s
         self._clean: frozenset[str] = frozenset()
         self.dropped: Counter[str] = Counter()
@@ -123,7 +135,7 @@ class _BugSearch:
     async def find(self) -> list[Bug]:
         """The bugs to make tasks of: those in one file first, then those in two."""
         called = await self._run_clean()
-        plan = MutationPlan(self._texts, f"{self._name}-{self._options.seed}", called)
+        plan = await asyncio.to_thread(MutationPlan, self._texts, f"{self._name}-{self._options.seed}", called)
         self._report(f"{self._name}: {len(self._clean)} tests, {len(plan)} places for bugs")
         wanted_pairs = int(self._options.per_package * self._options.multi_file_share) if len(self._texts) > 1 else 0
         singles = await self._collect(((mutation,) for mutation in plan), self._options.per_package + wanted_pairs)
@@ -136,13 +148,12 @@ class _BugSearch:
 
     async def _run_clean(self) -> frozenset[tuple[str, int]]:
         """Find the tests to rely on, and the functions that they reach."""
-        started = asyncio.get_running_loop().time()
-        first = await self._runner.run(self._tree, timeout_s=self._timeout_s)
-        duration_s = asyncio.get_running_loop().time() - started
-        second = await self._runner.run(self._tree, timeout_s=self._timeout_s * 3, trace_calls=True)
-        for run in (first, second):
-            if run.problem is not None:
-                raise TaskBuildError(f"{self._name}: {run.problem}")
+        first = (await self._runner.run(timeout_s=self._timeout_s)).tests
+        traced = await self._runner.run(timeout_s=self._timeout_s * 3, trace_calls=True)
+        second = traced.tests
+        for tests in (first, second):
+            if tests.problem is not None:
+                raise TaskBuildError(f"{self._name}: {tests.problem}")
         # Parameters in the order of a set name other tests in each run: none of the function's can be relied on.
         unstable = {_function_of(node_id) for node_id in first.passed ^ second.passed}
         self._clean = frozenset(
@@ -157,15 +168,16 @@ class _BugSearch:
         if left_out := len(first.outcomes) - len(self._clean):
             self._report(f"{self._name}: {left_out} tests are left out: not always passing, slow or with unstable names")
         # Generous: which bugs are kept is not to depend on what else the machine does.
-        self._timeout_s = max(30.0, 10 * duration_s)
-        return second.called
+        self._timeout_s = max(30.0, 10 * first.duration_s)
+        return traced.calls
 
     async def _collect(self, candidates: Iterator[tuple[Mutation, ...]], wanted: int) -> list[Bug]:
         """Try candidates, a few at a time, until so many make a bug."""
         found: list[Bug] = []
         tries = wanted * self._options.tries_per_task
         while len(found) < wanted and tries > 0:
-            batch = list(islice(candidates, min(self._options.jobs, tries)))
+            # Choosing among the places of a large package takes a while.
+            batch = await asyncio.to_thread(lambda size: list(islice(candidates, size)), min(self._options.jobs, tries))
             if not batch:
                 break
             tries -= len(batch)
@@ -176,27 +188,28 @@ class _BugSearch:
 
     async def _try(self, mutations: tuple[Mutation, ...]) -> Bug | None:
         edits = {mutation.path: mutation.applied_to(self._texts[mutation.path]).encode() for mutation in mutations}
-        run = await self._runner.run(self._tree, edits, timeout_s=self._timeout_s)
-        reason = self._objection(run)
+        run = await self._runner.run(edits, timeout_s=self._timeout_s)
+        passed = run.tests.passed
+        reason = self._objection(run.tests)
         kinds = " and ".join(f"{mutation.kind} in {mutation.function.dotted_name}" for mutation in mutations)
         if reason is not None:
             self.dropped[reason] += 1
             self._report(f"{self._name}: {kinds}: {reason}")
             return None
-        failing = sorted(self._clean - run.passed)
+        failing = sorted(self._clean - passed)
         self._report(f"{self._name}: {kinds}: {len(failing)} tests fail")
         failures = {node_id: run.failures[node_id] for node_id in failing if node_id in run.failures}
-        return Bug(mutations, tuple(failing), tuple(sorted(self._clean & run.passed)), failures)
+        return Bug(mutations, edits, tuple(failing), tuple(sorted(self._clean & passed)), failures)
 
-    def _objection(self, run: SuiteRun) -> str | None:
+    def _objection(self, tests: TestRun) -> str | None:
         """Why a bug makes no task."""
-        if run.problem is not None:
-            return "the tests do not end" if "took longer" in run.problem else "the test run breaks down"
-        if not self._clean <= set(run.outcomes):
+        if tests.problem is not None:
+            return "the tests do not end" if "took longer" in tests.problem else "the test run breaks down"
+        if not self._clean <= set(tests.outcomes):
             return "tests cannot be collected"
-        if self._clean <= run.passed:
+        if self._clean <= tests.passed:
             return "no test fails"
-        if len(self._clean & run.passed) < max(1.0, self._options.min_passing_share * len(self._clean)):
+        if len(self._clean & tests.passed) < max(1.0, self._options.min_passing_share * len(self._clean)):
             return "too many tests fail"
         return None
 
@@ -257,9 +270,7 @@ def _write(
     clean = repository.add_tree(source.tree)
     rows = []
     for bug in bugs:
-        texts = {path: (source.tree / path).read_text(encoding="utf-8") for path in {m.path for m in bug.mutations}}
-        edits = {mutation.path: mutation.applied_to(texts[mutation.path]).encode() for mutation in bug.mutations}
-        buggy = repository.edited_tree(clean, edits)
+        buggy = repository.edited_tree(clean, bug.edits)
         instance_id = f"{OWNER}__{source.name}-{source.version}.{bug.name}"
         rows.append(
             TaskRow(
@@ -274,5 +285,5 @@ def _write(
             )
         )
     repository.publish(repository_path(folder, repo))
-    write_rows(folder, rows)
+    add_rows(folder, rows)
     return rows

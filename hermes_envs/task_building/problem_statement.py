@@ -7,8 +7,9 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from hermes_envs.repositories.python_environment import REPOSITORY
 from hermes_envs.task_building.mutation import FunctionInfo
-from hermes_envs.task_building.suite_runner import REPOSITORY, Failure
+from hermes_envs.task_building.suite_runner import Failure
 
 _SHOWN_EXAMPLES = 3
 _MAX_CODE_LINES = 15

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +50,10 @@ async def build_wheels(requirements: Sequence[str], folder: Path) -> None:
     Raises:
         TaskBuildError: pip cannot get or build one.
     """
-    await run_pip("wheel", "--wheel-dir", str(folder), *requirements)
+    await _run_pip("wheel", "--wheel-dir", str(folder), *requirements)
 
 
-async def run_pip(*arguments: str) -> None:
+async def _run_pip(*arguments: str) -> None:
     """Run pip with the user's own configuration.
 
     Raises:
@@ -97,9 +97,9 @@ async def _download(requirement: str, folder: Path) -> Path:
     command = ("download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder))
     try:
         # Most packages say who they are without anything being built.
-        await run_pip(*command, "--no-build-isolation", requirement)
+        await _run_pip(*command, "--no-build-isolation", requirement)
     except TaskBuildError:
-        await run_pip(*command, requirement)
+        await _run_pip(*command, requirement)
     archives = await asyncio.to_thread(lambda: sorted(folder.iterdir()))
     if len(archives) != 1:
         raise TaskBuildError(f"{requirement}: pip left {len(archives)} archives")
@@ -127,23 +127,15 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.isfile() and not _is_compiled(member.name)]
         _check_size(archive, sum(member.size for member in members))
-        write_members(tar, members, folder)
-
-
-def write_members(tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo], folder: Path) -> None:
-    """Write regular files of an archive below a folder. Python learned to refuse dangerous names itself in 3.11.4 only.
-
-    Raises:
-        TaskBuildError: a member leads outside.
-    """
-    for member in members:
-        target = _inside(folder, member.name)
-        content = tar.extractfile(member)
-        assert content is not None, "only regular files are asked for"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            shutil.copyfileobj(content, file)
-        target.chmod(0o755 if member.mode & 0o100 else 0o644)
+        for member in members:
+            # Python learned to refuse dangerous names itself in 3.11.4 only.
+            target = _inside(folder, member.name)
+            content = tar.extractfile(member)
+            assert content is not None, "these are regular files"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            target.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,13 +64,9 @@ class SourceText:
 
     def tokens_between(self, start: int, end: int) -> list[Token]:
         """The tokens that lie in a range, without comments and line ends."""
-        first = bisect_left(self._token_starts, start)
-        found = []
-        for token in self._tokens[first:]:
-            if token.end > end:
-                break
-            found.append(token)
-        return found
+        first = bisect_left(self._tokens, start, key=lambda token: token.start)
+        last = bisect_right(self._tokens, end, lo=first, key=lambda token: token.end)
+        return self._tokens[first:last]
 
     def owns_its_lines(self, first: ast.stmt, last: ast.stmt) -> bool:
         """Whether nothing but comments shares the lines from one statement to another."""
@@ -79,8 +75,10 @@ class SourceText:
         return not before.strip() and (not after or after.startswith("#"))
 
     def _offset(self, line: int, utf8_column: int) -> int:
-        encoded = self._lines[line - 1].encode()
-        return self._line_starts[line - 1] + len(encoded[:utf8_column].decode())
+        text = self._lines[line - 1]
+        # Encoding the line for each of its nodes would take quadratic time for a long one.
+        column = utf8_column if text.isascii() else len(text.encode()[:utf8_column].decode())
+        return self._line_starts[line - 1] + column
 
     @cached_property
     def _tokens(self) -> list[Token]:
@@ -94,10 +92,6 @@ class SourceText:
             for token in tokenize.generate_tokens(io.StringIO(self.text).readline)
             if token.type not in ignored
         ]
-
-    @cached_property
-    def _token_starts(self) -> list[int]:
-        return [token.start for token in self._tokens]
 
 
 def apply_edits(text: str, edits: tuple[Edit, ...]) -> str:

@@ -1,32 +1,27 @@
-"""Runs a repository's tests in a box, on a copy, with a report on each test."""
+"""Runs all tests of a project in slots, as its tasks are graded, with what a user would see of each test that fails."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
-import sys
-import tarfile
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 
-from hermes_envs.errors import TaskBuildError
-from hermes_envs.repositories.python_environment import pack_test_tools
-from hermes_envs.task_building.box import Box, BoxResult
-from hermes_envs.task_building.source_distribution import write_members
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-REPOSITORY = "/workspace/repo"
-_VIRTUAL_ENVIRONMENT = "/workspace/.venv"
-_WHEELS = "/workspace/.wheels"
-_REPORT = "/workspace/.report"
-_PYTHON = f"{_VIRTUAL_ENVIRONMENT}/bin/python"
-_MAX_MEMORY_BYTES = 4 * 1024**3
-_INSTALL_TIMEOUT_S = 300.0
+from backends.base import ToolBackend
+from hermes_envs.errors import TaskBuildError
+from hermes_envs.grading.test_run import TestRun, run_tests
+from hermes_envs.repositories.git import BRANCH
+from hermes_envs.repositories.python_environment import REPOSITORY, PythonEnvironment
+from hermes_envs.repositories.repository import RepositoryCache
+from hermes_envs.task_building.task_repository import TaskRepository
+from hermes_envs.workspace import Workspace, explain
+
+_SETUP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,137 +33,71 @@ class Failure:
     message: str
 
 
-@dataclass(frozen=True)
-class SuiteRun:
-    """What became of each test, by node id. `problem` is set instead if there is no report.
+class SuiteRun(BaseModel):
+    """A run of all tests: what became of them, and the failures by node id.
 
-    `called` holds the file and first line of each function of the repository that ran, if that was asked for.
+    `calls` holds the file and first line of each function of the repository that ran, if that was asked for.
     """
 
-    outcomes: dict[str, str] = field(default_factory=dict)
-    durations_s: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
-    called: frozenset[tuple[str, int]] = frozenset()
-    problem: str | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @property
-    def passed(self) -> set[str]:
-        """The tests that passed."""
-        return {node_id for node_id, outcome in self.outcomes.items() if outcome == "passed"}
+    tests: TestRun
+    failures: dict[str, Failure] = {}
+    calls: frozenset[tuple[str, int]] = frozenset()
 
 
 class SuiteRunner:
-    """Runs the tests of one project, each time on a fresh copy of its tree.
+    """Runs the tests of one project, each time in a fresh slot that starts from the layer that the project's tasks get."""
 
-    The environment is the one that tasks get: a virtual environment with pip and pytest, the repository's root and `src` on its
-    path, and whatever the install commands add.
-    """
+    def __init__(self, backend: ToolBackend, environment: PythonEnvironment) -> None:
+        self._backend = backend
+        self._environment = environment
 
-    def __init__(self, scratch: Path) -> None:
-        """Nothing is made yet in `scratch`, an existing directory; see `prepare`."""
-        self._scratch = scratch
-        self._environment = scratch / "environment"
-
-    async def prepare(self, tree: Path, install_commands: Sequence[str] = (), wheels: Path | None = None) -> None:
-        """Make the environment. `wheels` holds what the commands install from; they have no network.
+    @classmethod
+    async def for_tree(
+        cls, backend: ToolBackend, tree: Path, *, install_commands: Sequence[str] = (), wheels: Sequence[Path] = ()
+    ) -> SuiteRunner:
+        """A runner of the tests in a directory; the commands install from the wheels alone if there are any.
 
         Raises:
-            TaskBuildError: a command failed.
+            TaskBuildError: git is missing or fails.
         """
-        await asyncio.to_thread(self._make_environment)
-        if not install_commands:
-            return
-        with self._copy(tree, {}) as copy:
-            readable = {} if wheels is None else {_WHEELS: wheels}
-            box = Box(writable={REPOSITORY: copy, _VIRTUAL_ENVIRONMENT: self._environment}, readable=readable)
-            env = {
-                "PATH": f"{_VIRTUAL_ENVIRONMENT}/bin:/usr/bin:/bin",
-                "VIRTUAL_ENV": _VIRTUAL_ENVIRONMENT,
-                "PIP_NO_INDEX": "1",
-                "PIP_FIND_LINKS": _WHEELS,
-            }
-            for command in install_commands:
-                result = await box.run(["/bin/sh", "-c", command], cwd=REPOSITORY, timeout_s=_INSTALL_TIMEOUT_S, env=env)
-                if result.exit_code != 0:
-                    raise TaskBuildError(f"{command!r} failed: {_last_line(result)}")
+        with tempfile.TemporaryDirectory() as scratch:
+            await asyncio.to_thread(_commit, tree, Path(scratch) / "clean.git")
+            cache = RepositoryCache(Path(scratch) / "snapshots", Path(scratch).as_uri(), _SETUP_TIMEOUT_S)
+            snapshot = await cache.snapshot("clean", BRANCH)
+        return cls(backend, PythonEnvironment(snapshot, tuple(install_commands), tuple(wheels), _SETUP_TIMEOUT_S))
 
-    async def run(
-        self,
-        tree: Path,
-        edits: Mapping[str, bytes] | None = None,
-        *,
-        timeout_s: float,
-        trace_calls: bool = False,
-    ) -> SuiteRun:
-        """Run all tests on a copy of the tree in which some files have other contents."""
-        with self._copy(tree, edits or {}) as copy, tempfile.TemporaryDirectory(dir=self._scratch) as report_directory:
-            report = Path(report_directory)
-            request = {
-                "root": REPOSITORY,
-                "report": f"{_REPORT}/report",
-                "max_memory_bytes": _MAX_MEMORY_BYTES,
-                "trace_calls": trace_calls,
-            }
-            (report / "request").write_text(json.dumps(request), encoding="utf-8")
-            driver = files("hermes_envs.task_building").joinpath("suite_driver.py")
-            (report / "driver.py").write_bytes(driver.read_bytes())
-            box = Box(
-                writable={REPOSITORY: copy, _REPORT: report},
-                readable={_VIRTUAL_ENVIRONMENT: self._environment},
-            )
-            command = [_PYTHON, "-I", "-B", f"{_REPORT}/driver.py", f"{_REPORT}/request"]
-            result = await box.run(command, cwd=REPOSITORY, timeout_s=timeout_s)
-            return _read(report / "report", result, timeout_s)
+    async def run(self, edits: Mapping[str, bytes] | None = None, *, timeout_s: float, trace_calls: bool = False) -> SuiteRun:
+        """Run all tests on the tree with other contents in some of its files.
 
-    def _make_environment(self) -> None:
-        venv.EnvBuilder(symlinks=True).create(self._environment)
-        site_packages = self._environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-        with tarfile.open(fileobj=BytesIO(pack_test_tools())) as archive:
-            write_members(archive, archive, site_packages)
-        (site_packages / "task_repository.pth").write_text(f"{REPOSITORY}/src\n{REPOSITORY}\n")
-
-    def _copy(self, tree: Path, edits: Mapping[str, bytes]) -> _Copy:
-        return _Copy(self._scratch, tree, edits)
+        Raises:
+            EnvironmentBuildError: the project's environment cannot be built.
+            TaskBuildError: a file cannot be written.
+            SandboxError: the slot failed.
+        """
+        plugins = {"failures": _plugin("failure_plugin")} | ({"calls": _plugin("call_plugin")} if trace_calls else {})
+        async with self._backend.slot("test suite", layer=self._environment.layer(self._backend)) as slot:
+            workspace = Workspace(self._backend, slot)
+            for path, content in (edits or {}).items():
+                written = await workspace.write(f"{REPOSITORY}/{path}", content)
+                if not written.success:
+                    raise TaskBuildError(f"cannot write {path}: {explain(written)}")
+            return _read(await run_tests(workspace, None, timeout_s, plugins=plugins))
 
 
-class _Copy:
-    """A copy of a tree that is there for the length of a block."""
-
-    def __init__(self, scratch: Path, tree: Path, edits: Mapping[str, bytes]) -> None:
-        self._tree, self._edits = tree, edits
-        self._directory = tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True)
-
-    def __enter__(self) -> Path:
-        copy = Path(self._directory.name) / "repo"
-        shutil.copytree(self._tree, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        for path, content in self._edits.items():
-            (copy / path).write_bytes(content)
-        return copy
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._directory.cleanup()
+def _commit(tree: Path, git_directory: Path) -> None:
+    repository = TaskRepository(git_directory)
+    repository.add_task(BRANCH, repository.add_tree(tree))
 
 
-def _read(report: Path, result: BoxResult, timeout_s: float) -> SuiteRun:
-    if result.exit_code is None:
-        return SuiteRun(problem=f"the tests took longer than {timeout_s:g} s")
+def _read(tests: TestRun) -> SuiteRun:
     try:
-        content = json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return SuiteRun(problem=f"the test run ended without a report: {_last_line(result)}")
-    tests = content["tests"]
-    return SuiteRun(
-        outcomes={node_id: test["outcome"] for node_id, test in tests.items()},
-        durations_s={node_id: test["duration_s"] for node_id, test in tests.items()},
-        failures={
-            node_id: Failure(test.get("code", ""), test.get("parameters", {}), test["message"])
-            for node_id, test in tests.items()
-            if "message" in test
-        },
-        called=frozenset((path, line) for path, line in content["called"]),
-    )
+        return SuiteRun.model_validate({**tests.findings, "tests": tests})
+    except ValidationError as reason:
+        return SuiteRun(tests=TestRun(problem=f"the report is malformed: {reason.errors()[0]['msg']}"))
 
 
-def _last_line(result: BoxResult) -> str:
-    lines = result.output.strip().splitlines()
-    return lines[-1][:500] if lines else f"exit code {result.exit_code}"
+@cache
+def _plugin(name: str) -> str:
+    return files("hermes_envs.task_building").joinpath(f"{name}.py").read_text(encoding="utf-8")

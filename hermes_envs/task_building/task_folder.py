@@ -34,18 +34,10 @@ class TaskRow:
     text: str = ""
 
 
-def write_rows(folder: Path, rows: Sequence[TaskRow]) -> None:
-    """Write the rows of a folder, one JSON object a line, in place of those that it had."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-    new = folder / f".{TASKS_FILE}.new"
-    new.write_text("".join(lines), encoding="utf-8")
-    new.rename(folder / TASKS_FILE)
-
-
-def read_rows(folder: Path) -> list[TaskRow]:
-    """The rows that `write_rows` wrote."""
-    lines = (folder / TASKS_FILE).read_text(encoding="utf-8").splitlines()
-    return [TaskRow(**json.loads(line)) for line in lines]
+def add_rows(folder: Path, rows: Sequence[TaskRow]) -> None:
+    """Add rows to those of a folder, one JSON object a line."""
+    with (folder / TASKS_FILE).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def repository_path(folder: Path, repo: str) -> Path:

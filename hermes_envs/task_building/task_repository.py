@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import stat
-import subprocess
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from hermes_envs.errors import TaskBuildError
+from hermes_envs.repositories.git import BRANCH, run_git
 
 _TIMEOUT_S = 120.0
-
-_ENVIRONMENT = {
-    "PATH": os.defpath,
-    "HOME": os.devnull,
-    "LC_ALL": "C.UTF-8",
-    "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_CONFIG_GLOBAL": os.devnull,
-    "GIT_TERMINAL_PROMPT": "0",
-} | {
-    # Commits of equal trees are equal on every machine and day.
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "hermes-envs"), ("EMAIL", "hermes-envs@localhost"), ("DATE", "2000-01-01T00:00:00 +0000"))
-}
 
 
 class TaskRepository:
@@ -107,8 +92,11 @@ class TaskRepository:
             self._git("update-index", "-z", "--index-info", stdin=listing, index=index)
             return self._git("write-tree", index=index).decode().strip()
 
-    def _index(self) -> _Index:
-        return _Index(self._git_directory)
+    @contextmanager
+    def _index(self) -> Iterator[Path]:
+        """The name of an index file that is there for the length of a block."""
+        with tempfile.TemporaryDirectory(dir=self._git_directory, prefix="index-") as directory:
+            yield Path(directory) / "index"
 
     def _git(self, *arguments: str, stdin: bytes = b"", index: Path | None = None) -> bytes:
         return _git(self._git_directory, *arguments, stdin=stdin, index=index)
@@ -121,19 +109,6 @@ def keep_tasks(git_directory: Path, instance_ids: Collection[str]) -> None:
     if dropped:
         _git(git_directory, "update-ref", "--stdin", stdin="".join(f"delete {branch}\n" for branch in dropped).encode())
         _git(git_directory, "gc", "--quiet", "--prune=now")
-
-
-class _Index:
-    """The name of an index file that is there for the length of a block."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = tempfile.TemporaryDirectory(dir=directory, prefix="index-")
-
-    def __enter__(self) -> Path:
-        return Path(self._directory.name) / "index"
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._directory.cleanup()
 
 
 def _source_files(directory: Path) -> Iterator[Path]:
@@ -150,26 +125,9 @@ def _mode(path: Path) -> str:
 def _init(git_directory: Path) -> None:
     git_directory.mkdir(parents=True)
     # Without a template: hooks and descriptions would differ from machine to machine.
-    _git(git_directory, "init", "--quiet", "--bare", "--template=", "--initial-branch=main")
+    _git(git_directory, "init", "--quiet", "--bare", "--template=", f"--initial-branch={BRANCH}")
 
 
 def _git(git_directory: Path, *arguments: str, stdin: bytes = b"", index: Path | None = None) -> bytes:
-    program = shutil.which("git")
-    if program is None:
-        raise TaskBuildError("git is not installed")
-    environment = _ENVIRONMENT if index is None else {**_ENVIRONMENT, "GIT_INDEX_FILE": str(index.absolute())}
-    try:
-        done = subprocess.run(
-            [program, "-c", "core.quotePath=false", *arguments],
-            cwd=git_directory,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as reason:
-        raise TaskBuildError(f"git {arguments[0]} took longer than {_TIMEOUT_S:g} s") from reason
-    if done.returncode != 0:
-        raise TaskBuildError(f"git {arguments[0]} failed: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
+    env = {} if index is None else {"GIT_INDEX_FILE": str(index.absolute())}
+    return run_git(git_directory, *arguments, error=TaskBuildError, timeout_s=_TIMEOUT_S, stdin=stdin, env=env)

@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hermes_envs.errors import TaskBuildError
+from backends.base import ToolBackend
+from backends.errors import SandboxError
+from hermes_envs.errors import EnvironmentBuildError, TaskBuildError
 from hermes_envs.task_building.package_builder import BuilderOptions, BuiltPackage, PackageBuilder
-from hermes_envs.task_building.task_folder import WHEELS, TaskRow, repository_path, write_rows
+from hermes_envs.task_building.task_folder import WHEELS, add_rows, repository_path
 from hermes_envs.task_building.task_repository import keep_tasks
 
 Validator = Callable[[Path, Sequence[str]], Awaitable[dict[str, str]]]
@@ -31,12 +33,13 @@ class PackageOutcome:
 class TaskSetBuilder:
     """Makes the tasks of packages one after the other and adds them to a folder, each package as soon as it is done."""
 
-    def __init__(self, options: BuilderOptions, validate: Validator, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, options: BuilderOptions, backend: ToolBackend, validate: Validator, report: Callable[[str], None]
+    ) -> None:
         """`validate` tells what is wrong with which tasks of a folder, see `validation.validate`."""
-        self._packages = PackageBuilder(options, report)
+        self._packages = PackageBuilder(options, backend, report)
         self._validate = validate
         self._report = report
-        self._rows: list[TaskRow] = []
 
     async def build(self, package: str, folder: Path) -> PackageOutcome:
         """Add the tasks of one package to the folder; a package that fails leaves no trace in it."""
@@ -48,9 +51,9 @@ class TaskSetBuilder:
                 built = await self._packages.build(package, one)
                 outcome.dropped = built.dropped
                 outcome.kept = await self._add_valid(built, one, folder, outcome)
-            except TaskBuildError as reason:
-                outcome.problem = str(reason)
-                self._report(f"{package}: {reason}")
+            except* (TaskBuildError, EnvironmentBuildError, SandboxError) as reasons:
+                outcome.problem = str(reasons.exceptions[0])
+                self._report(f"{package}: {outcome.problem}")
         return outcome
 
     async def _add_valid(self, built: BuiltPackage, one: Path, folder: Path, outcome: PackageOutcome) -> int:
@@ -72,6 +75,5 @@ class TaskSetBuilder:
         for wheel in (one / WHEELS).glob("*.whl"):
             (folder / WHEELS).mkdir(exist_ok=True)
             shutil.move(wheel, folder / WHEELS / wheel.name)
-        self._rows += rows
-        write_rows(folder, self._rows)
+        add_rows(folder, rows)
         return len(rows)

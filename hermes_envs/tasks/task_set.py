@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hermes_envs.demo import materialise
 from hermes_envs.errors import DatasetError
 
 Row = dict[str, Any]
-
-DEMO = "demo"
-"""The name of the tasks that ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +22,29 @@ class TaskSet:
     folder: Path | None = None
 
     @classmethod
-    async def load(cls, name: str, split: str, cache_directory: Path, *, subset: str | None = None) -> TaskSet:
-        """Read `demo`, a folder with `tasks.jsonl`, a `.jsonl` or `.parquet` file, or a dataset of the Hugging Face hub.
+    async def load(
+        cls,
+        name: str,
+        split: str,
+        cache_directory: Path,
+        *,
+        subset: str | None = None,
+        built_in: Mapping[str, Callable[[Path], Path]] = {},
+    ) -> TaskSet:
+        """Read a built-in set, a folder with `tasks.jsonl`, a `.jsonl` or `.parquet` file, or a dataset of the hub.
 
-        `subset` names the configuration of a hub dataset that has several.
+        `subset` names the configuration of a hub dataset that has several. `built_in` are functions by name that write a set
+        below the directory that they are given, and return its folder.
 
         Raises:
             DatasetError: it is not there or malformed; the message names the file and line.
         """
-        return await asyncio.to_thread(cls._read, name, split, cache_directory, subset)
+        make = built_in.get(name)
+        path = Path(name) if make is None else await asyncio.to_thread(make, cache_directory / name)
+        return await asyncio.to_thread(cls._read, path.expanduser(), name, split, subset)
 
     @classmethod
-    def _read(cls, name: str, split: str, cache_directory: Path, subset: str | None) -> TaskSet:
-        path = materialise(cache_directory / "demo") if name == DEMO else Path(name).expanduser()
+    def _read(cls, path: Path, name: str, split: str, subset: str | None) -> TaskSet:
         if path.is_dir():
             return cls(_read_jsonl(path / "tasks.jsonl"), path)
         if path.suffix == ".jsonl":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import logging
@@ -133,9 +134,9 @@ class ExternalToolbox(ExternalTools):
 
 
 async def _run(tool: ExternalTool, arguments: dict[str, Any], trajectory_id: str | None) -> ExecutionResult:
-    """Run a tool. It is code of others, so every exception that it raises becomes a failed result."""
+    """Run a tool, with arguments of its own to change. It is code of others: each exception of it becomes a failed result."""
     try:
-        output = _as_text(await tool.function(**arguments))
+        output = _as_text(await tool.function(**copy.deepcopy(arguments)))
     except (Exception, SystemExit) as reason:
         logger.exception("external tool %s failed in trajectory %r", tool.name, trajectory_id)
         error = f"{type(reason).__name__}: {reason}"

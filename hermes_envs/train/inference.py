@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field
 
 from hermes_envs.errors import ConfigError, EngineError
-from hermes_envs.policies.base import assistant_message
+from hermes_envs.policies.base import assistant_message, with_text_arguments
 from hermes_envs.rendering.chat_renderer import UNSUITABLE, ChatRenderer
 from hermes_envs.services.http_service import Body, HttpService, RefusalError, get, post
 from hermes_envs.services.options import ServiceOptions
@@ -187,7 +187,7 @@ class InferenceServer:
         self, renderer: ChatRenderer, completion: Completion, prompt: list[int], tools: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
         answer = renderer.parse(completion.token_ids, prompt, tools, f"call_{secrets.token_hex(6)}")
-        message = assistant_message(answer.content, answer.tool_calls, answer.reasoning)
+        message = with_text_arguments(assistant_message(answer.content, answer.tool_calls, answer.reasoning))
         reason = "length" if completion.truncated else "tool_calls" if answer.tool_calls else "stop"
         return {"message": message, "finish_reason": reason}
 

@@ -39,9 +39,9 @@ def test_the_directory_and_the_variables_of_a_terminal(pool: TerminalPool) -> No
 
 
 def test_what_cannot_be_run_or_finished_says_why(pool: TerminalPool) -> None:
-    terminal = Terminal(pool, timeout_s=0.3)
-    assert terminal.execute("echo begun; sleep 60") == {"output": "begun\n[timed out after 0.3 s]\n", "returncode": 124}
-    assert terminal.execute("sleep 0.6; echo done", timeout=30) == {"output": "done\n", "returncode": 0}
+    terminal = Terminal(pool, timeout_s=1.5)
+    assert terminal.execute("echo begun; sleep 60") == {"output": "begun\n[timed out after 1.5 s]\n", "returncode": 124}
+    assert terminal.execute("sleep 2; echo done", timeout=30) == {"output": "done\n", "returncode": 0}
     assert terminal.execute("echo \0") == {"output": "[command: contains a NUL character]\n", "returncode": 126}
     assert terminal.execute("pwd", "missing")["returncode"] == 126
     missing = terminal.execute("echo not reached", "/missing; touch /tmp/x")
@@ -79,14 +79,19 @@ def test_many_threads_use_few_slots(pool: TerminalPool) -> None:
 
 
 def test_a_slow_command_of_one_thread_holds_up_no_other(pool: TerminalPool) -> None:
-    slow = threading.Thread(target=lambda: Terminal(pool).execute("sleep 2"))
-    slow.start()
-    terminal = Terminal(pool)
-    started = time.monotonic()
+    slow, quick = Terminal(pool), Terminal(pool)
+
+    def interrupted() -> None:
+        with pytest.raises(SlotLostError):
+            slow.execute("sleep 100", timeout=200)
+
+    thread = threading.Thread(target=interrupted)
+    thread.start()
     for _ in range(20):
-        terminal.execute("true")
-    assert time.monotonic() - started < 1.5
-    slow.join()
+        quick.execute("true")
+    assert thread.is_alive()
+    slow.cleanup()
+    thread.join()
 
 
 def test_a_forgotten_terminal_gives_its_slot_back(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat endpoint over HTTP that says what a test tells it to.
 
-Left out: streaming, several choices, every route but `/v1/chat/completions`. It judges no request; it keeps them.
+Left out: streaming, several choices, every route but `/v1/chat/completions` and `/health`. It judges no request; it keeps them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ def completion(finish_reason: str | None = "stop", **message: Any) -> dict[str, 
 
 
 class ChatServer:
-    """Gives the answers in their order, and the last of them from then on."""
+    """Gives the answers in their order, and the last of them from then on.
+
+    `at_once` is the most requests that it has had at a time, `connections` are those that requests came over.
+    """
 
     def __init__(self, *answers: Answer | dict[str, Any], delay_s: float = 0.0) -> None:
         self.requests: list[dict[str, Any]] = []
         self.at_once = 0
+        self.connections: set[object] = set()
+        self.healthy = True
+        self.health_checks = 0
         self._now = 0
         self._answers = list(answers)
         self._delay_s = delay_s
@@ -36,6 +42,7 @@ class ChatServer:
     async def __aenter__(self) -> ChatServer:
         app = web.Application(client_max_size=2**24)
         app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/health", self._health)
         self._runner = web.AppRunner(app, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -51,8 +58,13 @@ class ChatServer:
         """Close the port: from now on connections are refused."""
         await self._runner.cleanup()
 
+    async def _health(self, request: web.Request) -> web.Response:
+        self.health_checks += 1
+        return web.Response(status=200 if self.healthy else 503)
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        self.connections.add(request.protocol)
         self.requests.append(body)
         self._now += 1
         self.at_once = max(self.at_once, self._now)

@@ -56,7 +56,7 @@ async def play(
             turn = await played.conversation.respond(new)
         except ContextFullError:
             break
-        played.steps.append((new, turn, len(played.conversation.rollout.segments) - 1))
+        played.steps.append((new, turn, len(played.conversation.record.segments) - 1))
         new = [
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": call.error or chance.choice(outputs)}
             for call in turn.tool_calls
@@ -110,11 +110,11 @@ def check_against_template(
     """
     compared = Counter[str]()
     transcript: list[Message] = []
-    turns = [list(sampled_turns(segment)) for segment in played.conversation.rollout.segments]
+    turns = [list(sampled_turns(segment)) for segment in played.conversation.record.segments]
     seen = Counter[int]()
     malformed = False
     for new, turn, number in played.steps:
-        segment = played.conversation.rollout.segments[number]
+        segment = played.conversation.record.segments[number]
         order, seen[number] = seen[number], seen[number] + 1
         start, end = turns[number][order]
         if malformed and family.rejects_malformed:

@@ -14,7 +14,8 @@ those of temperature 1, as vLLM's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -79,6 +80,11 @@ class Engine:
         self._script = script
         self._mangle = mangle
         self._delay_s = delay_s
+        self._exits = AsyncExitStack()
+
+    def before_exit(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Have somebody who asks it close connections before it goes."""
+        self._exits.push_async_callback(close)
 
     async def __aenter__(self) -> Engine:
         app = web.Application(client_max_size=2**24)
@@ -92,6 +98,11 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        await self._exits.aclose()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Close the port: from now on connections are refused."""
         await self._runner.cleanup()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:

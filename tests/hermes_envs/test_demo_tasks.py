@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from backends.local import LocalBackend, LocalOptions
 from hermes_envs.demo import DemoBug, bugs, materialise
 from hermes_envs.demo.recording import observe_tests
 from hermes_envs.errors import TaskBuildError
-from hermes_envs.task_building.task_folder import read_rows, repository_path
+from hermes_envs.task_building.task_folder import repository_path
+from tests.support.task_rows import read_rows
 
 BUGS = bugs()
 
@@ -43,9 +45,10 @@ def test_there_is_enough_of_everything() -> None:
         assert max(changed) > 1
 
 
-async def test_tests_tell_of_each_bug_as_recorded(tmp_path: Path) -> None:
+async def test_tests_tell_of_each_bug_as_recorded() -> None:
     """Runs every suite without and with every bug."""
-    observed = await observe_tests(tmp_path)
+    async with LocalBackend(LocalOptions(local_slots=2)) as backend:
+        observed = await observe_tests(backend)
     for bug in BUGS:
         recorded = json.loads(bug.tests.read_text())
         assert observed[bug] == recorded, f"{bug.instance_id}: run scripts/record_demo_tests.py"

@@ -11,7 +11,7 @@ import pytest
 from atroposlib.envs.base import APIServerConfig
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
-from hermes_envs.errors import ConfigError, EngineError, EnvironmentBuildError, NotScoredError
+from hermes_envs.errors import ConfigError, EngineError, EngineRefusalError, EnvironmentBuildError, NotScoredError
 from hermes_envs.rollouts.group import Blame
 from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tasks.agent_task import TaskLimits
@@ -147,7 +147,7 @@ async def test_no_time_for_a_first_turn_is_infrastructure() -> None:
         endpoint = APIServerConfig(base_url=chat.base_url, model_name="tiny", health_check=False)
         env = WordEnv(endpoint, policy="messages", rollout_timeout_s=0.5)
         async with env.running():
-            with pytest.raises(EngineError, match="no first turn: the time of the rollout is over"):
+            with pytest.raises(EngineError, match="no time for a first turn: the time of the rollout is over"):
                 await env.run_agent("word")
 
 
@@ -242,3 +242,12 @@ async def test_a_limit_that_no_slot_can_keep_sets_the_task_aside() -> None:
     async with env.running():
         group = await env.collect_group("word", 1)
     assert [failure.blame for failure in group.failures] == ["task"]
+
+
+async def test_an_engine_that_can_only_fail_again_is_asked_once_and_the_group_with_it() -> None:
+    env = WordEnv()
+    env.problem = EngineRefusalError("no such model")
+    async with env.running():
+        group = await env.collect_group("word", 2)
+    assert len(env.built) == 1
+    assert not group.may_be_tried_again

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.policies.base import Message, TokensOptions
+from hermes_envs.policies.base import Message
 from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment
-from hermes_envs.policies.tokens import TokensPolicy
 from tests.engine.conversations import Played, as_exchanges, play, sampled_turns
 from tests.engine.engine import Dialect, Engine
-from tests.engine.servers import server_manager
+from tests.engine.servers import policy_for
 from tests.engine.speech import Speech
 from tests.engine.tokenizer import token_ids
 from tests.engine.turns import TOOLS
@@ -27,12 +26,11 @@ ROLLOUTS, TURNS = 18, 10
 async def test_the_record_is_what_the_engine_saw_and_produced(dialect: Dialect, tokenizer: PreTrainedTokenizerFast) -> None:
     speech = Speech(tokenizer, seed=11)
     async with Engine(tokenizer, dialect, speech) as engine:
-        server = server_manager(tokenizer, engine.base_url, server_type=dialect)
-        policy = TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=120, max_context_tokens=6000))
+        policy = policy_for(engine, tokenizer, agent_max_tokens=120, max_context_tokens=6000)
         rollouts = await asyncio.gather(*(play(policy, number, tools=TOOLS, turns=TURNS) for number in range(ROLLOUTS)))
 
-    segments = [segment for played in rollouts for segment in played.conversation.rollout.segments]
-    calls = sum(played.conversation.rollout.engine_calls for played in rollouts)
+    segments = [segment for played in rollouts for segment in played.conversation.record.segments]
+    calls = sum(played.conversation.record.engine_calls for played in rollouts)
     assert calls == len(engine.exchanges) == ROLLOUTS * TURNS >= 170
     assert len(set(speech.kinds)) == 16
     # Every exchange once and nothing else: no token lost, invented, moved or unmasked twice.
@@ -68,7 +66,7 @@ def check_text_between_turns(tokenizer: PreTrainedTokenizerFast, played: Played)
     stops = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     turn_numbers = Counter[int]()
     for new_messages, _, number in played.steps:
-        segment = played.conversation.rollout.segments[number]
+        segment = played.conversation.record.segments[number]
         turns = list(sampled_turns(segment))
         turn_number, turn_numbers[number] = turn_numbers[number], turn_numbers[number] + 1
         if turn_number == 0:
@@ -96,7 +94,7 @@ def check_first_prompts(tokenizer: PreTrainedTokenizerFast, played: Played) -> N
     for new_messages, turn, number in played.steps:
         transcript.extend(new_messages)
         if number > seen and comparable:
-            segment = played.conversation.rollout.segments[number]
+            segment = played.conversation.record.segments[number]
             start, _ = next(sampled_turns(segment))
             rendered = tokenizer.apply_chat_template(
                 transcript, tools=TOOLS, tokenize=True, add_generation_prompt=True, return_dict=False
@@ -106,4 +104,4 @@ def check_first_prompts(tokenizer: PreTrainedTokenizerFast, played: Played) -> N
         transcript.append(turn.message)
         # A malformed call is rendered as the text that it was, of which the transcript's message has no room.
         comparable = comparable and not any(call.error for call in turn.tool_calls)
-    assert seen == len(played.conversation.rollout.segments) - 1
+    assert seen == len(played.conversation.record.segments) - 1

@@ -100,7 +100,7 @@ async def test_plain_text_is_the_argument_of_a_tool_that_needs_one_text(workspac
 
 
 async def test_timeouts(workspace: Workspace) -> None:
-    run = executor(tool_timeout_s=0.5)
+    run = executor(tool_timeout_s=1.5)
     result = await run.execute(workspace, call("terminal", {"command": "echo started; sleep 60"}))
     assert not result.ok
     assert "started" in result.content

@@ -14,14 +14,13 @@ import pytest
 from renderers.base import MODEL_RENDERER_MAP
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.policies.base import TokensOptions
 from hermes_envs.policies.tokens import TokensPolicy
 from hermes_envs.rendering.chat_renderer import ChatRenderer
 from hermes_envs.rendering.choice import FAULTY_BRIDGES, RENDERER_NAMES, create_chat_renderer
 from tests.engine.conversations import OUTPUTS, Played, check_against_template, check_record, for_template, play, sampled_turns
 from tests.engine.engine import Dialect, Engine
 from tests.engine.families import FAMILIES, Family
-from tests.engine.servers import server_manager
+from tests.engine.servers import policy_for
 from tests.engine.speech import FamilySpeech
 from tests.engine.tokenizer import make_tokenizer
 from tests.engine.turns import QUESTION, TOOLS, Turns, call
@@ -191,7 +190,7 @@ async def test_text_that_looks_like_a_call_is_none(family: Family, model_of: Cal
         third = await conversation.respond(results or new)
 
     assert [len(turn.tool_calls) for turn in (first, second, third)] == [0, 1 if model.tools else 0, 0]
-    segments = conversation.rollout.segments
+    segments = conversation.record.segments
     check_record(engine, segments)
     trained = [segment.tokens[slice(*turn)] for segment in segments for turn in sampled_turns(segment)]
     assert trained == script
@@ -202,7 +201,7 @@ async def test_the_record_is_what_the_engine_saw_and_produced(family: Family, mo
     model = model_of(family)
     played, compared = await play_and_check(model, DIALECTS[FAMILIES.index(family) % 3])
 
-    assert sum(one.conversation.rollout.engine_calls for one in played) == ROLLOUTS * TURNS
+    assert sum(one.conversation.record.engine_calls for one in played) == ROLLOUTS * TURNS
     reasons = {turn.finish_reason for one in played for _, turn, _ in one.steps}
     assert reasons == ({"stop", "tool_calls", "length"} if model.tools else {"stop", "length"})
     if family.templates:
@@ -233,7 +232,7 @@ async def play_and_check(model: Model, dialect: Dialect, option: str | None = No
         played = await asyncio.gather(
             *(play(shared, number, tools=model.tools, turns=TURNS, outputs=outputs) for number in range(ROLLOUTS))
         )
-    check_record(engine, [segment for one in played for segment in one.conversation.rollout.segments])
+    check_record(engine, [segment for one in played for segment in one.conversation.record.segments])
     compared = Counter[str]()
     if model.family.templates:
         for one in played:
@@ -242,9 +241,7 @@ async def play_and_check(model: Model, dialect: Dialect, option: str | None = No
 
 
 def policy(model: Model, engine: Engine, option: str | None = None) -> TokensPolicy:
-    server = server_manager(model.tokenizer, engine.base_url, server_type=engine.dialect)
-    options = TokensOptions(agent_max_tokens=100, renderer=option or model.family.option)
-    return TokensPolicy(server, model.tokenizer, options)
+    return policy_for(engine, model.tokenizer, agent_max_tokens=100, renderer=option or model.family.option)
 
 
 def test_a_published_model_with_a_faulty_bridge_gets_a_derived_one(tmp_path: Path) -> None:

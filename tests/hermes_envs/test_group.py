@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from itertools import count
 
 import pytest
 
+from hermes_envs.policies.base import assistant_message
 from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK, Segment, TokenRecord
 from hermes_envs.rollouts.group import FILLER_TOKENS, Group
 from hermes_envs.rollouts.trajectory import Score, Stopwatch, ToolCounts, Trajectory
+from hermes_envs.tools.call import ToolCall
 
 _TOKENS = count(1000)
 
 
 def segment() -> Segment:
     made = Segment()
-    made.observe([next(_TOKENS) for _ in range(4)])
-    made.sample([next(_TOKENS) for _ in range(3)], [-0.5, -1.0, -0.25])
+    made.append_turn([next(_TOKENS) for _ in range(4)], [next(_TOKENS) for _ in range(3)], [-0.5, -1.0, -0.25])
     return made
 
 
@@ -58,7 +61,7 @@ def test_each_sampled_token_is_trained_once_and_with_the_same_advantage() -> Non
                     trained[token] = score - mean
     for one in made.trajectories:
         assert one.score is not None
-        sampled = [token for part in one.rollout.segments for token in part.masks if token != UNTRAINED_MASK]
+        sampled = [token for part in one.record.segments for token in part.masks if token != UNTRAINED_MASK]
         assert [trained.pop(token) for token in sampled] == pytest.approx([one.score.value - 0.1] * len(sampled))
     assert not trained
 
@@ -76,3 +79,24 @@ def test_policies_without_tokens_give_one_item_and_nobody_gives_none() -> None:
     assert item["tokens"] == item["masks"] == item["inference_logprobs"] == [[], []]
     assert item["messages"][0] == [{"role": "user", "content": "t0"}, {"role": "assistant", "content": ""}]
     assert Group("task", (), ()).items() == []
+
+
+def test_a_record_has_the_arguments_of_calls_as_text_and_of_malformed_ones_as_they_were_written() -> None:
+    good = ToolCall.parse("c0", "bash", {"command": "ls 'é'", "n": [1, {"a": None, "b": 1.0}]}, "as it was written")
+    bad = ToolCall.parse("c1", "bash", '{"command": ')
+    result = {"role": "tool", "tool_call_id": "c0", "name": "bash", "content": "a.py"}
+    messages = [{"role": "user", "content": "x"}, assistant_message("I look.", [good, bad], "Files?"), result]
+    before = copy.deepcopy(messages)
+    made = Trajectory("t", messages, TokenRecord("t"), "stop", 1, ToolCounts(), Stopwatch(), Score(1.0, "it is"))
+
+    [item] = Group("task", (made,), ()).items()
+
+    [written] = item["messages"]
+    assert json.dumps(written[1], ensure_ascii=False) == (
+        '{"role": "assistant", "content": "I look.", "reasoning_content": "Files?", "tool_calls": ['
+        '{"id": "c0", "type": "function", "function": {"name": "bash", '
+        '"arguments": "{\\"command\\": \\"ls \'é\'\\", \\"n\\": [1, {\\"a\\": null, \\"b\\": 1.0}]}"}}, '
+        '{"id": "c1", "type": "function", "function": {"name": "bash", "arguments": "{\\"command\\": "}}]}'
+    )
+    assert (written[0], written[2]) == (messages[0], messages[2])
+    assert messages == before, "the transcript keeps the objects"

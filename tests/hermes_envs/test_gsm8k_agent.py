@@ -216,7 +216,7 @@ async def test_no_answer_stops_the_event_loop_or_the_answers_after_it() -> None:
     assert faults.count(TOO_HARD) >= 2
     assert None not in faults
     # A comparison takes two seconds of CPU before it is given up.
-    assert longest_gap < 1.0
+    assert longest_gap < 2.0
 
 
 async def test_a_comparison_that_is_cancelled_answers_no_later_question() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import hermes_envs
 from hermes_envs.task_building.mutation import Mutation, MutationPlan, find_mutations, is_test_path
 from hermes_envs.task_building.mutation_kinds import KINDS
+from hermes_envs.task_building.package_builder import is_usable
 
 MODULE = '''"""A module — with “wide” characters in front of code."""
 
@@ -179,6 +181,20 @@ def test_plan_keeps_to_functions_that_were_called() -> None:
     assert {(mutation.path, mutation.function.qualified_name) for mutation in plan} == {("b.py", "outer")}
 
 
+def test_planning_takes_time_in_proportion_to_the_files() -> None:
+    """Four times as many take about four times as long; it would be sixteen times if each file looked at all calls."""
+    function = "def f(a):\n    b = a + 1\n    b += 2\n    b *= 3\n    return b\n"
+
+    def seconds(files: int) -> float:
+        texts = {f"module{number}.py": function for number in range(files)}
+        called = {(path, line) for path in texts for line in range(1, 51)}
+        start = time.process_time()
+        assert len(MutationPlan(texts, "0", called)) > files
+        return time.process_time() - start
+
+    assert min(seconds(800) for _ in range(3)) < 8 * min(seconds(200) for _ in range(3))
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -192,3 +208,19 @@ def test_plan_keeps_to_functions_that_were_called() -> None:
 )
 def test_files_of_tests(path: str, expected: bool) -> None:
     assert is_test_path(path) is expected
+
+
+@pytest.mark.parametrize(
+    ("node_id", "expected"),
+    [
+        ("tests/a.py::test[a b]", True),
+        ("tests/a.py::test[é]", True),
+        ("tests/a.py::test[a\nb]", False),
+        ("tests/a.py::test[/workspace/repo/x]", False),
+        ("tests/a.py::test[<object object at 0x7f0]", False),
+        ("README.md::README.md", False),
+        ("coins/change.py::coins.change.make_change", False),
+    ],
+)
+def test_usable_names(node_id: str, expected: bool) -> None:
+    assert is_usable(node_id) is expected

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -14,14 +13,10 @@ from hermes_envs.policies.oracle import OraclePolicy
 from hermes_envs.tools.call import ToolCall
 
 
-def unavailable() -> NoReturn:
-    raise AssertionError("this policy needs no model")
-
-
 def policy_named(name: str) -> Policy:
-    return create_policy(
-        PolicyOptions.model_validate({"policy": name}), server=unavailable, tokenizer=unavailable, server_configs=[]
-    )
+    policy = create_policy(PolicyOptions.model_validate({"policy": name}))
+    assert policy.endpoints.models == []
+    return policy
 
 
 async def test_oracle_makes_one_call_a_turn_and_then_says_that_it_is_done() -> None:
@@ -37,10 +32,10 @@ async def test_oracle_makes_one_call_a_turn_and_then_says_that_it_is_done() -> N
     assert [turn.finish_reason for turn in turns] == ["tool_calls", "tool_calls", "stop"]
     [sent] = turns[1].message["tool_calls"]
     assert (sent["id"], sent["type"], sent["function"]["name"]) == ("b", "function", "write_file")
-    assert json.loads(sent["function"]["arguments"]) == {"path": "ä"}
+    assert sent["function"]["arguments"] == {"path": "ä"}
     assert turns[2].message["content"]
     assert "tool_calls" not in turns[2].message
-    assert (conversation.rollout.rollout_id, conversation.rollout.segments) == ("t", [])
+    assert (conversation.record.trajectory_id, conversation.record.segments) == ("t", [])
 
 
 async def test_a_text_of_the_reference_is_the_final_response() -> None:
@@ -68,7 +63,7 @@ async def test_nop_says_one_thing_and_calls_nothing() -> None:
 
     assert (turn.tool_calls, turn.finish_reason) == ((), "stop")
     assert turn.message["content"]
-    assert not conversation.rollout.segments
+    assert not conversation.record.segments
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:

@@ -28,6 +28,7 @@ from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
 from tests.support.processes import below, mentioning
 from tests.support.small_task import write_task_folder
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent.parent
 GROUPS, GROUP_SIZE = 50, 4
@@ -90,7 +91,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def assert_nothing_is_left(temporary: Path) -> None:
     # wandb makes two directories when it is imported, and removes them unless it is killed.
     leftovers = [path for path in temporary.iterdir() if "wandb" not in path.name]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and (leftovers or mentioning(str(temporary))):
         time.sleep(0.1)
         leftovers = [path for path in leftovers if path.exists()]

@@ -10,10 +10,8 @@ from hermes_envs.policies.token_record import UNTRAINED_LOGPROB, UNTRAINED_MASK,
 
 def two_turns() -> Segment:
     segment = Segment()
-    segment.extend_prompt([1, 2])
-    segment.sample([3, 4], [-0.5, -1.0])
-    segment.extend_prompt([1, 2, 3, 4, 5])
-    segment.sample([6], [0.0])
+    segment.append_turn([1, 2], [3, 4], [-0.5, -1.0])
+    segment.append_turn([5], [6], [0.0])
     return segment
 
 
@@ -26,18 +24,6 @@ def test_only_sampled_tokens_are_unmasked() -> None:
     assert segment.masks == [UNTRAINED_MASK, UNTRAINED_MASK, 3, 4, UNTRAINED_MASK, 6]
     assert segment.logprobs == [UNTRAINED_LOGPROB, UNTRAINED_LOGPROB, -0.5, -1.0, UNTRAINED_LOGPROB, 0.0]
     assert segment.sampled == 3
-
-
-@pytest.mark.parametrize("prompt", [[1, 2, 3], [1, 2, 3, 9, 5], [2, 1, 3, 4, 5], []])
-def test_a_prompt_that_rewrites_history_is_refused(prompt: list[int]) -> None:
-    segment = Segment()
-    segment.extend_prompt([1, 2])
-    segment.sample([3, 4], [-0.5, -1.0])
-
-    with pytest.raises(InexactRolloutError, match="begin with the tokens"):
-        segment.extend_prompt(prompt)
-
-    assert segment.tokens == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +42,18 @@ def test_a_prompt_that_rewrites_history_is_refused(prompt: list[int]) -> None:
 )
 def test_unusable_logprobs_leave_the_record_as_it_was(logprobs: list[float]) -> None:
     segment = Segment()
-    segment.extend_prompt([1, 2])
+    segment.append_turn([1], [2], [-0.5])
 
     with pytest.raises(InexactRolloutError, match="logprob"):
-        segment.sample([3, 4], logprobs)
+        segment.append_turn([8], [3, 4], logprobs)
 
-    assert (segment.tokens, segment.sampled) == ([1, 2], 0)
+    assert segment.tokens == [1, 2]
+    segment.check()
 
 
 def test_a_logprob_above_zero_by_rounding_is_kept_as_it_came() -> None:
     segment = Segment()
-    segment.sample([3], [1.2e-7])
+    segment.append_turn([], [3], [1.2e-7])
 
     segment.check()
 

@@ -39,7 +39,7 @@ async def test_a_trainer_gets_exact_groups_of_the_registered_size(tmp_path: Path
         await trainer.register()
         serving = asyncio.create_task(env.env_manager())
         try:
-            batch = await trainer.batch(timeout_s=120)
+            batch = await trainer.batch()
         finally:
             serving.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.engine.engine import Engine
 from tests.support.processes import below, processes
 from tests.support.rollout_api import RolloutApi, ScriptedTrainer, free_port
+from tests.support.waiting import PATIENCE_S, until
 
 
 @asynccontextmanager
@@ -51,15 +52,6 @@ async def serve(
             await process.wait()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    async with asyncio.timeout(60):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.1)
-
-
 async def said(folder: Path, text: str) -> None:
     """Wait until the process has said something."""
     await until(lambda: text in (folder / "serve.log").read_text())
@@ -79,7 +71,7 @@ async def test_sigterm_ends_it_in_order_with_all_finished_groups_sent(
         helpers = {helper.pid for helper in below(process.pid)}
         assert helpers
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
         await until(lambda: not helpers & {process.pid for process in processes()})
         output = (tmp_path / "serve.log").read_text()
         [served] = re.findall(r"groups for the trainer\s*│\s*(\d+)", output)
@@ -97,7 +89,7 @@ async def test_sigterm_ends_it_while_it_waits(tmp_path: Path, tokenizer: PreTrai
         async with serve(tmp_path, address, engine, tokenizer) as process:
             await said(tmp_path, "waiting for a trainer" if missing == "trainer" else "run-api does not answer")
             process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 30) == 0
+            assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
 
 
 async def test_groups_that_cannot_be_sent_any_more_are_kept_in_a_file(
@@ -115,7 +107,7 @@ async def test_groups_that_cannot_be_sent_any_more_are_kept_in_a_file(
         await api.stop()
         await said(tmp_path, "run-api does not answer")
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
     [kept] = (tmp_path / "cache/unsent").iterdir()
     groups = [json.loads(line) for line in kept.read_text().splitlines()]
     assert sorted(items_of(groups)) == [0, 1]
@@ -175,7 +167,7 @@ async def test_an_environment_that_comes_back_alone_goes_on_where_it_ended(
         async with serve(tmp_path, api.address, engine, tokenizer) as process:
             items += items_of(await trainer.batch())
             process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 30) == 0
+            assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
         left = (await trainer.get("/status"))["queue_size"]
         async with serve(tmp_path, api.address, engine, tokenizer):
             await said(tmp_path, "registered as counting_1")

@@ -123,6 +123,11 @@ async def test_tools_are_refused() -> None:
             pass
 
 
+def test_an_endpoint_without_token_ids_is_refused_before_a_tokenizer_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"openai\.server_type: .* sglang or vllm, not openai"):
+        environment(APIServerConfig(base_url="http://127.0.0.1:1/v1"), policy="tokens", tokenizer_name="no/such")
+
+
 async def test_a_trainer_gets_the_questions_over_and_over_with_exact_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     said = tokenizer.encode("It is Paris.<|im_end|>", add_special_tokens=False)
     async with Engine(tokenizer, "tinker", script=lambda prompt: said) as engine:

@@ -3,125 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import subprocess
 import sys
-import tarfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from hermes_envs.errors import TaskBuildError
-from hermes_envs.task_building.box import Box
-from hermes_envs.task_building.mutation import FunctionInfo
-from hermes_envs.task_building.package_builder import BuilderOptions, PackageBuilder, is_usable
-from hermes_envs.task_building.problem_statement import write_problem_statement
+from backends.local import LocalBackend, LocalOptions
+from hermes_envs.errors import EnvironmentBuildError
+from hermes_envs.task_building.package_builder import BuilderOptions, PackageBuilder
 from hermes_envs.task_building.source_distribution import fetch
 from hermes_envs.task_building.suite_runner import Failure, SuiteRunner
-from hermes_envs.task_building.task_folder import read_rows, repository_path, write_rows
+from hermes_envs.task_building.task_folder import add_rows, repository_path
 from hermes_envs.task_building.task_set_builder import TaskSetBuilder
 from hermes_envs.task_building.validation import validate
+from tests.support.coin_purse import SOURCES, make_archive
+from tests.support.task_rows import read_rows
 
-SOURCES = {
-    "PKG-INFO": "Metadata-Version: 2.1\nName: Coin_Purse\nVersion: 1.0\nRequires-Dist: sphinx; extra == 'doc'\n",
-    # Source distributions hold generated files that their repositories ignore.
-    ".gitignore": "coin_purse/words.py\n",
-    "setup.py": "raise SystemExit('nothing runs this')\n",
-    "coin_purse/__init__.py": "from coin_purse.change import make_change\nfrom coin_purse.words import in_words\n",
-    "coin_purse/change.py": '''"""Change."""
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def make_change(amount, coins=(50, 20, 10, 5, 2, 1)):
-    """The fewest coins that make up an amount, largest first.
-
-    Raises ValueError for a negative amount.
-    """
-    if amount < 0:
-        raise ValueError("no such amount")
-    change = []
-    for coin in coins:
-        count, amount = divmod(amount, coin)
-        change.extend([coin] * count)
-    return change
-''',
-    "coin_purse/words.py": '''"""Words."""
-
-
-def in_words(coins):
-    """Coins as text."""
-    groups = {}
-    for coin in coins:
-        groups[coin] = groups.get(coin, 0) + 1
-    if not groups:
-        return "nothing"
-    return ", ".join(f"{count} x {coin}" for coin, count in groups.items())
-
-
-def never_called(coins):
-    total = 0
-    for coin in coins:
-        total += coin
-    return total
-''',
-    "coin_purse/__pycache__/words.cpython-311.pyc": "stale",
-    "tests/test_purse.py": '''import os
-
-import pytest
-
-from coin_purse import in_words, make_change
-
-
-@pytest.mark.parametrize(
-    "amount, expected", [(0, []), (3, [2, 1]), (88, [50, 20, 10, 5, 2, 1])], ids=["0 [none]", "3 ct", "88 ct"]
-)
-def test_change(amount, expected):
-    assert make_change(amount) == expected
-
-
-def test_negative():
-    """Debts."""
-    with pytest.raises(ValueError):
-        make_change(-1)
-
-
-@pytest.mark.parametrize("thing", [object()], ids=repr)
-def test_name_with_address(thing):
-    assert make_change(1) == [1]
-
-
-@pytest.mark.parametrize("number, letter", enumerate(set("abcdefghijklmnop")))
-def test_order_of_a_set(number, letter):
-    assert make_change(1) == [1]
-
-
-def test_words():
-    assert in_words([]) == "nothing"
-    assert in_words([2, 2, 1]) == "2 x 2, 1 x 1"
-
-
-def test_fails_always():
-    assert False
-
-
-def test_has_no_network():
-    assert os.listdir("/sys/class/net") == ["lo"] if os.path.isdir("/sys/class/net") else True
-''',
-}
-
-
-def make_archive(path: Path, files: dict[str, str], extra: Sequence[tarfile.TarInfo] = ()) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in files.items():
-            member = tarfile.TarInfo(f"coin_purse-1.0/{name}")
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
-        for member in extra:
-            archive.addfile(member)
-    return path
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def backend() -> AsyncIterator[LocalBackend]:
+    async with LocalBackend(LocalOptions(local_slots=2)) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +42,16 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = BuilderOptions(per_package=4, multi_file_share=0.25)
 
 
-@pytest.fixture(scope="module")
-def built(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def runner(backend: LocalBackend, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> SuiteRunner:
+    source = await fetch(str(archive), tmp_path_factory.mktemp("source"))
+    return await SuiteRunner.for_tree(backend, source.tree)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def built(backend: LocalBackend, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    asyncio.run(PackageBuilder(OPTIONS, lambda line: None).build(str(archive), folder))
+    await PackageBuilder(OPTIONS, backend, lambda line: None).build(str(archive), folder)
     return folder
 
 
@@ -147,8 +63,8 @@ def apply(patch: str, tree: Path) -> None:
     subprocess.run(["git", "apply", "-"], input=patch, cwd=tree, check=True, text=True)
 
 
-def names_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.rglob("*")}
+def contents(tree: Path) -> dict[str, bytes]:
+    return {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
 
 
 def running_commands() -> set[bytes]:
@@ -160,101 +76,102 @@ def running_commands() -> set[bytes]:
     return commands
 
 
-async def test_fetch(archive: Path, tmp_path: Path) -> None:
-    source = await fetch(str(archive), tmp_path)
-    assert (source.name, source.version, source.requirements) == ("coin-purse", "1.0", ())
-    assert not list(source.tree.rglob("*.pyc"))
-
-
-async def test_links_are_left_out(tmp_path: Path) -> None:
-    link = tarfile.TarInfo("coin_purse-1.0/link")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    source = await fetch(str(make_archive(tmp_path / "a.tar.gz", SOURCES, [link])), tmp_path)
-    assert not (source.tree / "link").is_symlink()
-
-
-@pytest.mark.parametrize("name", ["../outside", "coin_purse-1.0/../../outside"])
-async def test_names_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
-    archive = make_archive(tmp_path / "a.tar.gz", SOURCES, [tarfile.TarInfo(name)])
-    with pytest.raises(TaskBuildError, match="outside"):
-        await fetch(str(archive), tmp_path / "scratch")
-    assert "outside" not in names_in(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("broken.tar.gz", "could not be opened"),
-        ("broken.zip", "not a zip file"),
-        ("no package", "neither a file nor a requirement"),
-    ],
-)
-async def test_nothing_to_unpack(tmp_path: Path, name: str, message: str) -> None:
-    package = tmp_path / name
-    if package.suffix:
-        package.write_bytes(b"garbage")
-    with pytest.raises(TaskBuildError, match=message) as caught:
-        await fetch(str(package), tmp_path / "scratch")
-    assert "\n" not in str(caught.value)
-
-
-async def test_suite_is_reported(archive: Path, tmp_path: Path) -> None:
-    source = await fetch(str(archive), tmp_path)
-    runner = SuiteRunner(tmp_path)
-    await runner.prepare(source.tree)
-    run = await runner.run(source.tree, timeout_s=60, trace_calls=True)
-    assert run.outcomes["tests/test_purse.py::test_change[0 [none]]"] == "passed"
-    assert run.outcomes["tests/test_purse.py::test_has_no_network"] == "passed"
-    assert set(run.outcomes) - run.passed == {"tests/test_purse.py::test_fails_always"}
+async def test_suite_is_reported(runner: SuiteRunner) -> None:
+    run = await runner.run(timeout_s=60, trace_calls=True)
+    assert run.tests.outcomes["tests/test_purse.py::test_change[0 [none]]"] == "passed"
+    assert run.tests.outcomes["tests/test_purse.py::test_has_no_network"] == "passed"
+    assert set(run.tests.outcomes) - run.tests.passed == {"tests/test_purse.py::test_fails_always"}
+    assert run.tests.durations_s.keys() == run.tests.outcomes.keys()
+    assert run.failures.keys() == {"tests/test_purse.py::test_fails_always"}
     assert run.failures["tests/test_purse.py::test_fails_always"].message.startswith("assert False")
-    called = {line for path, line in run.called if path == "coin_purse/words.py"}
+    called = {line for path, line in run.calls if path == "coin_purse/words.py"}
     assert 4 in called
     assert 15 not in called
-    assert list(source.tree.rglob("__pycache__")) == []
 
 
-async def test_suite_that_does_not_end_is_killed(archive: Path, tmp_path: Path) -> None:
+FAILING = """import pytest
+
+
+class Broken:
+    def __repr__(self):
+        raise KeyError
+
+
+@pytest.mark.parametrize("thing, broken", [(object(), Broken())], ids=["one"])
+def test_things(thing, broken):
+    first = 1
+    raise ValueError(
+        thing
+    )
+    second = 2
+"""
+
+
+async def test_what_a_failing_test_shows(runner: SuiteRunner) -> None:
+    """Without the addresses of objects, which differ in each run."""
+    run = await runner.run({"tests/test_purse.py": FAILING.encode()}, timeout_s=60)
+    assert run.failures == {
+        "tests/test_purse.py::test_things[one]": Failure(
+            code="".join(FAILING.splitlines(keepends=True)[8:14]),
+            parameters={"thing": "<object object at 0x...>", "broken": "<Broken whose repr fails with KeyError>"},
+            message="ValueError: <object object at 0x...>",
+        )
+    }
+
+
+async def test_suite_is_what_the_projects_configuration_says(runner: SuiteRunner) -> None:
+    changes = {
+        "pytest.ini": b"[pytest]\ntestpaths = checks\npython_files = check_*.py\n",
+        "checks/check_a.py": b"def test(): pass\n",
+    }
+    run = await runner.run(changes, timeout_s=60)
+    assert run.tests.outcomes == {"checks/check_a.py::test": "passed"}
+
+
+async def test_each_run_starts_from_the_same_tree(runner: SuiteRunner) -> None:
+    await runner.run({"tests/test_more.py": b"def test(): pass\n", "coin_purse/words.py": b""}, timeout_s=60)
+    run = await runner.run(timeout_s=60)
+    assert run.tests.outcomes["tests/test_purse.py::test_words"] == "passed"
+    assert "tests/test_more.py::test" not in run.tests.outcomes
+
+
+async def test_suite_that_does_not_end_is_killed(runner: SuiteRunner) -> None:
+    seconds = str(1_000_000 + os.getpid())
+    endless = f"import subprocess, time\nsubprocess.Popen(['sleep', '{seconds}'])\ntime.sleep({seconds})\n".encode()
+    run = await runner.run({"coin_purse/words.py": endless}, timeout_s=3)
+    assert run.tests.problem == "the tests took longer than 3 s"
+    assert not run.tests.outcomes
+    # The slot is reset in the background; this test's own time limit ends the wait.
+    while f"sleep\0{seconds}\0".encode() in running_commands():  # noqa: ASYNC110 - no event tells of other processes
+        await asyncio.sleep(0.05)
+
+
+async def test_suite_that_ends_the_process_has_no_report(runner: SuiteRunner) -> None:
+    run = await runner.run({"coin_purse/words.py": b"import os\nos._exit(0)\n"}, timeout_s=60)
+    assert run.tests.problem is not None
+    assert "without a report" in run.tests.problem
+
+
+async def test_suite_that_changes_the_test_runner_is_not_believed(runner: SuiteRunner) -> None:
+    """Its tasks could not be graded."""
+    run = await runner.run(
+        {"conftest.py": b"import unittest\nunittest.TestCase.fail = lambda self, message: None\n"}, timeout_s=60
+    )
+    assert run.tests.problem is not None
+    assert "tampered with" in run.tests.problem
+
+
+async def test_failing_install_command(backend: LocalBackend, archive: Path, tmp_path: Path) -> None:
     source = await fetch(str(archive), tmp_path)
-    runner = SuiteRunner(tmp_path)
-    await runner.prepare(source.tree)
-    endless = {"coin_purse/words.py": b"import subprocess, time\nsubprocess.Popen(['sleep', '4242'])\ntime.sleep(4242)\n"}
-    run = await runner.run(source.tree, endless, timeout_s=3)
-    assert run.problem == "the tests took longer than 3 s"
-    assert not run.outcomes
-    assert b"sleep\x004242\x00" not in running_commands()
+    wheel = tmp_path / "other-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"")
+    command = "python -m pip install nowhere-to-be-found"
+    runner = await SuiteRunner.for_tree(backend, source.tree, install_commands=[command], wheels=[wheel])
+    with pytest.raises(EnvironmentBuildError, match=f"'{command}' failed: .*No matching distribution"):
+        await runner.run(timeout_s=60)
 
 
-async def test_suite_that_ends_the_process_has_no_report(archive: Path, tmp_path: Path) -> None:
-    source = await fetch(str(archive), tmp_path)
-    runner = SuiteRunner(tmp_path)
-    await runner.prepare(source.tree)
-    run = await runner.run(source.tree, {"coin_purse/words.py": b"import os\nos._exit(0)\n"}, timeout_s=60)
-    assert run.problem is not None
-    assert "without a report" in run.problem
-
-
-async def test_failing_install_command(archive: Path, tmp_path: Path) -> None:
-    source = await fetch(str(archive), tmp_path)
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    with pytest.raises(TaskBuildError, match=r"'python -m pip install nowhere-to-be-found' failed: .*No matching distribution"):
-        await SuiteRunner(tmp_path).prepare(source.tree, ["python -m pip install nowhere-to-be-found"], wheels)
-
-
-async def test_box_shows_only_what_it_is_given(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "given").mkdir()
-    box = Box(writable={"/given": tmp_path / "given"}, readable={})
-    script = f"cat {tmp_path}/secret; ls /root /home; touch /usr/x; id -u; env; echo done > /given/file"
-    result = await box.run(["/bin/sh", "-c", script], cwd="/given", timeout_s=20)
-    assert result.exit_code == 0
-    assert "No such file" in result.output
-    assert "Read-only file system" in result.output
-    assert "\n1000\n" in result.output
-    assert (tmp_path / "given" / "file").read_text() == "done\n"
-
-
-def test_rows(built: Path) -> None:
+async def test_rows(built: Path) -> None:
     rows = read_rows(built)
     assert len(rows) == 4
     assert [row.patch.count("diff --git") for row in rows] == [1, 1, 1, 2]
@@ -270,23 +187,21 @@ def test_rows(built: Path) -> None:
         assert "test_" not in row.problem_statement
 
 
-async def test_patch_makes_the_named_tests_pass(built: Path, tmp_path: Path) -> None:
-    runner = SuiteRunner(tmp_path)
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    await runner.prepare(tree)
+async def test_patch_makes_the_named_tests_pass(built: Path, runner: SuiteRunner, tmp_path: Path) -> None:
     for row in read_rows(built):
+        tree = tmp_path / row.instance_id
+        tree.mkdir()
         git(repository_path(built, row.repo), f"--work-tree={tree}", "checkout", "--force", row.base_commit, "--", ".")
-        before = await runner.run(tree, timeout_s=60)
-        assert not before.passed & set(row.FAIL_TO_PASS)
-        assert before.passed >= set(row.PASS_TO_PASS)
+        before = await runner.run(contents(tree), timeout_s=60)
+        assert not before.tests.passed & set(row.FAIL_TO_PASS)
+        assert before.tests.passed >= set(row.PASS_TO_PASS)
         apply(row.patch, tree)
-        after = await runner.run(tree, timeout_s=60)
-        assert after.passed >= {*row.FAIL_TO_PASS, *row.PASS_TO_PASS}
+        after = await runner.run(contents(tree), timeout_s=60)
+        assert after.tests.passed >= {*row.FAIL_TO_PASS, *row.PASS_TO_PASS}
 
 
-async def test_same_seed_same_tasks(built: Path, archive: Path, tmp_path: Path) -> None:
-    await PackageBuilder(OPTIONS, lambda line: None).build(str(archive), tmp_path)
+async def test_same_seed_same_tasks(backend: LocalBackend, built: Path, archive: Path, tmp_path: Path) -> None:
+    await PackageBuilder(OPTIONS, backend, lambda line: None).build(str(archive), tmp_path)
     assert read_rows(tmp_path) == read_rows(built)
 
 
@@ -300,11 +215,11 @@ async def test_same_seed_same_tasks(built: Path, archive: Path, tmp_path: Path) 
     ],
     ids=["no test passes", "no test tells", "no report", "no version"],
 )
-async def test_package_without_tasks(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+async def test_package_without_tasks(backend: LocalBackend, tmp_path: Path, changes: dict[str, str], message: str) -> None:
     archive = make_archive(tmp_path / "a.tar.gz", {**SOURCES, **changes})
     output = tmp_path / "output"
     output.mkdir()
-    builder = TaskSetBuilder(OPTIONS, validate, lambda line: None)
+    builder = TaskSetBuilder(OPTIONS, backend, validate, lambda line: None)
     outcome = await builder.build(str(archive), output)
     assert outcome.kept == 0
     assert outcome.problem is not None
@@ -312,7 +227,17 @@ async def test_package_without_tasks(tmp_path: Path, changes: dict[str, str], me
     assert list(output.iterdir()) == []
 
 
-async def test_tasks_that_do_not_validate_are_dropped_without_a_trace(archive: Path, tmp_path: Path) -> None:
+async def test_failing_slots_are_the_end_of_a_package(archive: Path, tmp_path: Path) -> None:
+    outcome = await TaskSetBuilder(OPTIONS, LocalBackend(LocalOptions()), validate, lambda line: None).build(
+        str(archive), tmp_path
+    )
+    assert outcome.problem == "the backend is not running"
+    assert not contents(tmp_path)
+
+
+async def test_tasks_that_do_not_validate_are_dropped_without_a_trace(
+    backend: LocalBackend, archive: Path, tmp_path: Path
+) -> None:
     """The validation is a stand-in that finds fault with one task; the real one runs in the test below."""
 
     async def find_fault(folder: Path, instance_ids: Sequence[str]) -> dict[str, str]:
@@ -320,7 +245,7 @@ async def test_tasks_that_do_not_validate_are_dropped_without_a_trace(archive: P
         return {instance_ids[0]: "oracle scores 0, 0"}
 
     lines: list[str] = []
-    outcome = await TaskSetBuilder(OPTIONS, find_fault, lines.append).build(str(archive), tmp_path)
+    outcome = await TaskSetBuilder(OPTIONS, backend, find_fault, lines.append).build(str(archive), tmp_path)
     rows = read_rows(tmp_path)
     assert outcome.kept == len(rows) == 3
     assert outcome.dropped["does not validate"] == 1
@@ -338,12 +263,12 @@ async def test_validation_runs_the_tasks(built: Path, tmp_path: Path) -> None:
     useless = replace(good, instance_id="useless", patch=NEW_FILE)
     solved = replace(good, instance_id="solved", FAIL_TO_PASS=good.PASS_TO_PASS[:1], PASS_TO_PASS=good.PASS_TO_PASS[1:])
     (tmp_path / "repositories").symlink_to(built / "repositories")
-    write_rows(tmp_path, [good, useless, solved])
+    add_rows(tmp_path, [good, useless, solved])
     problems = await validate(tmp_path, [good.instance_id, "useless", "solved", "absent"])
     assert set(problems) == {"useless", "solved", "absent"}
 
 
-def test_command_line(archive: Path, tmp_path: Path) -> None:
+async def test_command_line(archive: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -352,55 +277,9 @@ def test_command_line(archive: Path, tmp_path: Path) -> None:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     (tmp_path / "taken").write_text("")
-    done = run(str(archive), "--output", str(tmp_path))
+    done = await asyncio.to_thread(run, str(archive), "--output", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == f"--output: {tmp_path} is not an empty directory\n"
-    done = run("no such package", "--output", str(tmp_path / "new"))
+    done = await asyncio.to_thread(run, "no such package", "--output", str(tmp_path / "new"))
     assert done.returncode == 1
     assert "neither a file nor a requirement" in done.stdout
-
-
-PAYING = '''    @mark
-    def test_pay(self, amount):
-        """Pays."""
-        purse = Purse()
-        with raises(X):
-            purse.pay(amount)
-'''
-
-
-def test_problem_statement() -> None:
-    function = FunctionInfo("src/purse/change.py", "Purse.pay", 3, "pay(self, amount)", "Take coins out.")
-    failures = {
-        "tests/test_purse.py::TestPurse::test_pay[a b]": Failure(
-            code=PAYING,
-            parameters={"amount": "-1", "unused": "0"},
-            message="Failed: DID NOT RAISE X in TestPurse\n at /workspace/repo/tests/x",
-        ),
-        "tests/test_purse.py::TestPurse::test_other": Failure(code="", parameters={}, message="ValueError: no"),
-    }
-    assert write_problem_statement([function], failures) == (
-        "# Wrong results in connection with `Purse.pay`\n\n"
-        "`purse.change.Purse.pay` (`pay(self, amount)`) does not do what its documentation says:\n\n"
-        "> Take coins out.\n\n"
-        "```\nValueError: no\n```\n\n"
-        "```python\namount = -1\npurse = Purse()\nwith raises(X):\n    purse.pay(amount)\n```\n\n"
-        "This ends with:\n\n"
-        "```\nFailed: DID NOT RAISE X in example\n at tests/x\n```\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("node_id", "expected"),
-    [
-        ("tests/a.py::test[a b]", True),
-        ("tests/a.py::test[é]", True),
-        ("tests/a.py::test[a\nb]", False),
-        ("tests/a.py::test[/workspace/repo/x]", False),
-        ("tests/a.py::test[<object object at 0x7f0]", False),
-        ("README.md::README.md", False),
-        ("coins/change.py::coins.change.make_change", False),
-    ],
-)
-def test_usable_names(node_id: str, expected: bool) -> None:
-    assert is_usable(node_id) is expected

@@ -3,21 +3,26 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from renderers import RenderedTokens
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.errors import ConfigError, EngineError
+from hermes_envs.errors import ConfigError, EngineError, InexactRolloutError
 from hermes_envs.policies import PolicyOptions, create_policy
 from hermes_envs.policies.base import ContextFullError, TokensOptions, Turn
 from hermes_envs.policies.token_record import TokenRecord
 from hermes_envs.policies.tokens import TokensConversation, TokensPolicy
+from hermes_envs.rendering.chat_renderer import ChatRenderer, FamilyRenderer
+from hermes_envs.rendering.derived import DerivedRenderer
 from tests.engine.engine import Dialect, Engine
-from tests.engine.servers import policy_for, server_manager
+from tests.engine.servers import policy_for, servers_at
 from tests.engine.speech import says
 from tests.engine.tokenizer import make_tokenizer, token_ids
+from tests.support.waiting import PATIENCE_S
 
 QUESTION = [{"role": "user", "content": "List the files."}]
 BASH = [
@@ -48,7 +53,7 @@ async def test_a_turn_has_its_content_reasoning_and_calls(tokenizer: PreTrainedT
         "content": "I look.",
         "reasoning_content": "Files?",
         "tool_calls": [
-            {"id": call.id, "type": "function", "function": {"name": "bash", "arguments": '{"command": "ls"}'}},
+            {"id": call.id, "type": "function", "function": {"name": "bash", "arguments": {"command": "ls"}}},
         ],
     }
 
@@ -112,7 +117,7 @@ async def test_a_later_segment_shows_a_malformed_call_as_it_was_written(tokenize
         await conversation.respond(QUESTION)
         await conversation.respond([{"role": "user", "content": "Try again."}])
 
-    assert len(conversation.rollout.segments) == 2
+    assert len(conversation.record.segments) == 2
     second_prompt = tokenizer.decode(engine.exchanges[1].prompt_ids)
     assert f"<|im_start|>assistant\n{written}<|im_end|>\n<|im_start|>user\nTry again.<|im_end|>" in second_prompt
 
@@ -123,7 +128,7 @@ async def test_a_turn_may_say_nothing(tokenizer: PreTrainedTokenizerFast) -> Non
         turn = await conversation.respond(QUESTION)
 
     assert (turn.message["content"], turn.tool_calls, turn.finish_reason) == ("", (), "stop")
-    assert conversation.rollout.segments[0].sampled == 1
+    assert conversation.record.segments[0].sampled == 1
 
 
 # --- where a turn ends -------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ async def test_a_cut_turn_is_known_by_its_tokens_and_its_call_as_unclosed(
 
     assert turn.finish_reason == "length"
     assert turn.tool_calls[0].error == "the tool call was not closed before the answer ended"
-    [segment] = conversation.rollout.segments
+    [segment] = conversation.record.segments
     assert segment.sampled == 80
     # The end of the turn that the model did not come to say stands in the record as context.
     cut = engine.exchanges[1].prompt_ids[len(engine.exchanges[0].prompt_ids) + 40 :]
@@ -206,7 +211,7 @@ async def test_a_full_context_is_cut_into_a_new_segment(
         room = request["sampling_params"]["max_new_tokens"]
         assert room == agent_max_tokens or len(exchange.prompt_ids) + room == context
         assert room >= (agent_max_tokens or context / 4), "a turn has the room that it may want"
-    segments = conversation.rollout.segments
+    segments = conversation.record.segments
     assert len(segments) > 2
     assert sum(segment.sampled for segment in segments) == sum(len(exchange.output_ids) for exchange in engine.exchanges)
     # A segment is everything that the engine saw and said in its last turn: history only grew in between.
@@ -219,7 +224,7 @@ async def test_a_full_context_is_cut_into_a_new_segment(
         assert "<|im_start|>user\nList the files.<|im_end|>" in shown
     assert f"<tool_response>\n{outputs[-2]}\n</tool_response>" in shown
     assert f"<tool_response>\n{outputs[0]}\n</tool_response>" not in shown
-    conversation.rollout.check()
+    conversation.record.check()
 
 
 async def test_a_prompt_that_cannot_be_shortened_gets_the_room_that_is_left_until_there_is_none(
@@ -236,7 +241,7 @@ async def test_a_prompt_that_cannot_be_shortened_gets_the_room_that_is_left_unti
         with pytest.raises(ContextFullError, match=r"the prompt has \d+ tokens of 600"):
             await go_on(conversation, turn)
         assert len(engine.exchanges) > 1
-    assert all(len(segment.tokens) <= 600 for segment in conversation.rollout.segments)
+    assert all(len(segment.tokens) <= 600 for segment in conversation.record.segments)
 
 
 async def test_a_trainer_s_limit_counts_where_it_is_lower(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -246,8 +251,39 @@ async def test_a_trainer_s_limit_counts_where_it_is_lower(tokenizer: PreTrainedT
             policy.limit_sequences(700)
             conversation = policy.start("t", tools=BASH)
             await talk(conversation, ["file " * 30] * 12)
-        longest = max(len(segment.tokens) for segment in conversation.rollout.segments)
+        longest = max(len(segment.tokens) for segment in conversation.record.segments)
         assert expected / 2 < longest <= expected
+
+
+class Forgetful:
+    """A renderer whose bridge is spoiled; everything else is another's."""
+
+    def __init__(self, renderer: FamilyRenderer, spoil: Callable[[list[int]], list[int]]) -> None:
+        self._renderer = renderer
+        self._spoil = spoil
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._renderer, name)
+
+    def bridge_to_next_turn(self, *given: Any, **options: Any) -> RenderedTokens:
+        bridged = self._renderer.bridge_to_next_turn(*given, **options)
+        assert bridged is not None
+        return RenderedTokens(token_ids=self._spoil(list(bridged.token_ids)), message_indices=[])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda ids: ids[:1], lambda ids: [ids[0] + 1, *ids[1:]], lambda ids: [ids[1], ids[0], *ids[2:]], lambda ids: []],
+)
+def test_a_bridge_that_rewrites_history_is_refused(
+    spoil: Callable[[list[int]], list[int]], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sound = DerivedRenderer(tokenizer)
+    prompt = ChatRenderer("sound", tokenizer, sound).prompt(QUESTION, BASH)
+    answer = [*tokenizer.encode(CALL, add_special_tokens=False), sound.get_stop_token_ids()[0]]
+
+    with pytest.raises(InexactRolloutError, match="renderer 'forgetful' does not begin with the turns before it"):
+        ChatRenderer("forgetful", tokenizer, Forgetful(sound, spoil)).next_prompt(prompt, answer, [result_for("c")], BASH)
 
 
 # --- when something goes wrong ---------------------------------------------------------------------------------------
@@ -264,22 +300,22 @@ async def test_a_failed_turn_can_be_tried_again(tokenizer: PreTrainedTokenizerFa
         await conversation.respond([result_for(first.tool_calls[0].id)])
 
     assert engine.exchanges[1].prompt_ids == engine.exchanges[2].prompt_ids
-    [segment] = conversation.rollout.segments
+    [segment] = conversation.record.segments
     assert segment.tokens == [*engine.exchanges[2].prompt_ids, *engine.exchanges[2].output_ids]
-    assert conversation.rollout.engine_calls == 2
+    assert conversation.record.engine_calls == 2
 
 
 async def test_cancelling_a_turn_cancels_its_request(tokenizer: PreTrainedTokenizerFast) -> None:
     async with Engine(tokenizer, "sglang", says(tokenizer, "ok<|im_end|>"), delay_s=30.0) as engine:
         conversation = policy_for(engine, tokenizer).start("t", tools=[])
         turn = asyncio.create_task(conversation.respond(QUESTION))
-        await asyncio.wait_for(engine.asked.wait(), 10)
+        await asyncio.wait_for(engine.asked.wait(), PATIENCE_S)
         turn.cancel()
         with pytest.raises(asyncio.CancelledError):
             await turn
-        await asyncio.wait_for(engine.aborted.wait(), 10)
+        await asyncio.wait_for(engine.aborted.wait(), PATIENCE_S)
 
-    assert conversation.rollout == TokenRecord("t")
+    assert conversation.record == TokenRecord("t")
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
@@ -287,18 +323,19 @@ async def test_cancelling_a_turn_cancels_its_request(tokenizer: PreTrainedTokeni
 
 async def test_the_factory_makes_it_from_a_config(tokenizer: PreTrainedTokenizerFast) -> None:
     async with Engine(tokenizer, "vllm", says(tokenizer, "ok<|im_end|>")) as engine:
-        server = server_manager(tokenizer, engine.base_url, server_type="vllm")
         options = PolicyOptions(policy="tokens", max_context_tokens=500)
-        policy = create_policy(options, server=lambda: server, tokenizer=lambda: tokenizer, server_configs=[])
-        turn = await policy.start("t", tools=[]).respond(QUESTION)
+        policy = create_policy(options, servers_at(engine.base_url, server_type="vllm"), tokenizer)
+        async with aclosing(policy):
+            turn = await policy.start("t", tools=[]).respond(QUESTION)
 
     assert policy.exact
+    assert policy.endpoints.models == ["tiny"]
     assert turn.message["content"] == "ok"
 
 
 def test_options_that_cannot_work_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    sglang = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="sglang")
-    chat = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="openai")
+    sglang = servers_at("http://127.0.0.1:1/v1", server_type="sglang")
+    chat = servers_at("http://127.0.0.1:1/v1", server_type="openai")
     other = make_tokenizer(tmp_path)
     other.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     limited = {"agent_max_tokens": 20}
@@ -316,11 +353,11 @@ def test_options_that_cannot_work_are_named(tokenizer: PreTrainedTokenizerFast, 
 
 
 def test_the_renderer_is_found_by_name_or_by_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    server = server_manager(tokenizer, "http://127.0.0.1:1/v1", server_type="sglang")
+    servers = servers_at("http://127.0.0.1:1/v1", server_type="sglang")
     options = TokensOptions(agent_max_tokens=20)
     published = make_tokenizer(tmp_path)
     published.chat_template = None
     published.name_or_path = "Qwen/Qwen3-8B"
 
-    assert TokensPolicy(server, tokenizer, options).renderer.name == "qwen3"
-    assert TokensPolicy(server, published, options).renderer.name == "qwen3"
+    assert TokensPolicy(servers, tokenizer, options).renderer.name == "qwen3"
+    assert TokensPolicy(servers, published, options).renderer.name == "qwen3"

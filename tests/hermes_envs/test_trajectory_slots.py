@@ -10,11 +10,12 @@ import pytest
 from backends import AcquireTimeoutError, LocalBackend, LocalOptions, SandboxError, SlotLostError
 from hermes_envs.services.trajectory_slots import TrajectorySlots, UnknownTrajectoryError
 from tests.support.processes import below
+from tests.support.waiting import PATIENCE_S, until
 
 
 @pytest.fixture
 async def backend() -> AsyncIterator[LocalBackend]:
-    async with LocalBackend(LocalOptions(local_slots=2, acquire_timeout_s=0.5)) as backend:
+    async with LocalBackend(LocalOptions(local_slots=2, acquire_timeout_s=2.0)) as backend:
         yield backend
 
 
@@ -47,16 +48,16 @@ async def test_first_calls_that_come_together_share_a_slot(backend: LocalBackend
 
 
 async def test_an_idle_slot_is_given_back_and_a_busy_one_is_not(backend: LocalBackend) -> None:
-    slots = TrajectorySlots(backend, idle_timeout_s=0.3)
-    assert await run(slots, backend, "busy", "touch file; sleep 0.8; ls") == "file\n"
+    slots = TrajectorySlots(backend, idle_timeout_s=1.5)
+    assert await run(slots, backend, "busy", "touch file; sleep 2; ls") == "file\n"
     await run(slots, backend, "idle", "touch file")
-    for _ in range(4):
-        await asyncio.sleep(0.15)
-        assert await run(slots, backend, "busy", "ls") == "file\n"
+    async with asyncio.timeout(PATIENCE_S):
+        while len(slots) == 2:
+            await asyncio.sleep(0.25)
+            assert await run(slots, backend, "busy", "ls") == "file\n"
     assert (len(slots), backend.get_stats().slots_in_use) == (1, 1)
     assert await run(slots, backend, "idle", "ls") == ""
-    await asyncio.sleep(0.6)
-    assert (len(slots), backend.get_stats().slots_in_use) == (0, 0)
+    await until(lambda: (len(slots), backend.get_stats().slots_in_use) == (0, 0))
 
 
 async def test_without_a_slot_to_be_had_all_who_wait_are_told_and_the_next_try_is_anew(backend: LocalBackend) -> None:
@@ -114,7 +115,7 @@ async def test_after_a_loss_the_next_call_has_a_fresh_slot(backend: LocalBackend
             os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(SandboxError):
         await run(slots, backend, "one", "ls")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 assert await run(slots, backend, "one", "ls") == ""

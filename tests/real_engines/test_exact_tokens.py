@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from hermes_envs.policies.token_record import UNTRAINED_MASK, Segment
 from hermes_envs.policies.tokens import TokensPolicy
 from tests.engine.conversations import Played, as_exchanges, check_against_template, play
 from tests.engine.families import FAMILIES
-from tests.engine.servers import server_manager
+from tests.engine.servers import servers_at
 from tests.engine.turns import TOOLS
 from tests.real_engines.generate_server import GenerateServer
 from tests.real_engines.llama_engine import EXACT_OPTIONS, LlamaEngine
@@ -69,12 +70,13 @@ async def test_llama_cpp_samples_from_another_distribution_if_it_may(
 
 
 def policy_for(engine: GenerateServer, tokenizer: PreTrainedTokenizerFast, temperature: float) -> TokensPolicy:
-    server = server_manager(tokenizer, engine.base_url, server_type="sglang")
-    return TokensPolicy(server, tokenizer, TokensOptions(agent_max_tokens=40, agent_temperature=temperature))
+    servers = servers_at(engine.base_url, server_type="sglang")
+    return TokensPolicy(servers, tokenizer, TokensOptions(agent_max_tokens=40, agent_temperature=temperature))
 
 
 async def play_all(policy: TokensPolicy) -> list[Played]:
-    return await asyncio.gather(*(play(policy, number, tools=TOOLS, turns=TURNS) for number in range(ROLLOUTS)))
+    async with aclosing(policy):
+        return await asyncio.gather(*(play(policy, number, tools=TOOLS, turns=TURNS) for number in range(ROLLOUTS)))
 
 
 def check(
@@ -108,7 +110,7 @@ def check_that_a_wrong_token_shows(model: TinyModel, segments: list[Segment]) ->
 
 
 def segments_of(rollouts: list[Played]) -> list[Segment]:
-    return [segment for played in rollouts for segment in played.conversation.rollout.segments]
+    return [segment for played in rollouts for segment in played.conversation.record.segments]
 
 
 def worst_deviation(model: TinyModel, segments: list[Segment]) -> float:

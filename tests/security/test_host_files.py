@@ -17,7 +17,7 @@ ATTACKS = [
     Attack(
         "a search by name",
         "finds secrets",
-        "find / -maxdepth 3 -path /proc -prune -o -name secret -exec cat {} + 2>/dev/null",
+        "find / /tmp/*/* -maxdepth 3 -path /proc -prune -o -name secret -exec cat {} + 2>/dev/null",
         WithoutIsolation(),
         leaks,
     ),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from hermes_envs.errors import ConfigError, ToolServerError
 from hermes_envs.tools.external import MAX_OUTPUT_CHARS, ExternalTool, ExternalToolbox
 from sandbox_image.protocol import ExecutionResult
+from tests.support.waiting import until
 
 ANYTHING = {"type": "object"}
 
@@ -35,14 +36,17 @@ async def slow() -> str:
     return "late"
 
 
-async def stubborn() -> str:
-    ends = time.monotonic() + 1.0
-    while time.monotonic() < ends:
-        try:
-            await asyncio.sleep(0.1)
-        except asyncio.CancelledError:
-            continue
-    return "late"
+class Stubborn:
+    """A tool that ends when it is let go of, and not when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+
+    async def run(self) -> str:
+        while not self.let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.let_go.wait()
+        return "late"
 
 
 async def unspeakable() -> object:
@@ -55,6 +59,10 @@ async def long() -> str:
 
 async def structured() -> dict[str, Any]:
     return {"temperature": 21.5, "unit": "°C"}
+
+
+async def greedy(places: list[str]) -> str:
+    return places.pop()
 
 
 def box(*functions: Any, max_concurrency: int = 16, timeout_s: float = 30.0) -> ExternalToolbox:
@@ -72,6 +80,12 @@ async def test_a_tool_answers_with_a_text_or_with_json() -> None:
     assert await call(toolbox, "structured") == ExecutionResult(
         success=True, output='{"temperature": 21.5, "unit": "°C"}', metadata={"timeout": False}
     )
+
+
+async def test_a_tool_that_changes_its_arguments_changes_no_transcript() -> None:
+    places = ["Bern", "Paris"]
+    assert (await call(box(greedy), "greedy", places=places)).output == "Paris"
+    assert places == ["Bern", "Paris"]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +111,15 @@ async def test_the_shorter_timeout_holds() -> None:
 
 
 async def test_a_tool_that_does_not_end_keeps_its_place_but_nobody_waiting() -> None:
-    toolbox = box(stubborn, double, max_concurrency=1)
-    started = time.monotonic()
-    assert (await call(toolbox, "stubborn", 0.1)).error == "timed out after 0.1 s"
-    assert time.monotonic() - started < 0.5
+    stubborn = Stubborn()
+    toolbox = box(stubborn.run, double, max_concurrency=1)
+    assert (await call(toolbox, "run", 0.1)).error == "timed out after 0.1 s"
     assert toolbox.running == 1
-    assert (await call(toolbox, "double", number=1)).success
-    assert time.monotonic() - started > 0.9
+    waiting = asyncio.create_task(call(toolbox, "double", number=1))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    stubborn.let_go.set()
+    assert (await waiting).success
     assert toolbox.running == 0
 
 
@@ -124,14 +140,18 @@ async def test_no_more_run_at_once_than_there_are_places() -> None:
 
 
 async def test_waiting_for_a_place_is_not_the_tools_time_and_has_an_end() -> None:
-    tools = [ExternalTool(function.__name__, "", ANYTHING, function) for function in (stubborn, double)]
+    stubborn = Stubborn()
+    tools = [ExternalTool(function.__name__, "", ANYTHING, function) for function in (stubborn.run, double)]
     patient, hurried = ExternalToolbox(tools, 1), ExternalToolbox(tools, 1, queue_timeout_s=0.1)
-    first, second = asyncio.create_task(call(patient, "stubborn")), asyncio.create_task(call(hurried, "stubborn"))
-    await asyncio.sleep(0.05)
+    taken = [asyncio.create_task(call(toolbox, "run")) for toolbox in (patient, hurried)]
+    await until(lambda: patient.running == hurried.running == 1)
     with pytest.raises(ToolServerError, match="all places for external tools were taken"):
         await call(hurried, "double", number=4)
-    assert (await call(patient, "double", 0.2, number=4)).output == "8"
-    await asyncio.gather(first, second)
+    waiting = asyncio.create_task(call(patient, "double", 1.0, number=4))
+    await asyncio.sleep(1.5)
+    stubborn.let_go.set()
+    assert (await waiting).output == "8"
+    await asyncio.gather(*taken)
 
 
 async def test_a_call_that_is_given_up_gives_its_place_back() -> None:

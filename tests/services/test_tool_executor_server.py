@@ -27,6 +27,7 @@ from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.toolsets import Toolsets
 from tests.support.processes import below, mentioning
 from tests.support.services import Client, client_of, refusal, running
+from tests.support.waiting import PATIENCE_S
 
 TOKEN = "a-token"
 MODULE = "hermes_envs.tool_executor_server"
@@ -247,22 +248,21 @@ async def test_there_are_no_other_routes(client: Client, method: str, route: str
 
 
 async def test_an_idle_trajectory_loses_its_slot(tmp_path: Path) -> None:
-    async with serving(tmp_path, idle_timeout_s=0.3) as client:
-        assert (await client.post("/execute", call("touch file; sleep 0.6; ls")))[1]["output"] == "file\n"
+    async with serving(tmp_path, idle_timeout_s=1.5) as client:
+        assert (await client.post("/execute", call("touch file; sleep 2; ls")))[1]["output"] == "file\n"
         assert (await client.post("/artifacts/list", T))[0] == 200
-        await asyncio.sleep(0.7)
-        assert (await client.get("/status"))[1]["pool"]["slots_in_use"] == 0
+        await client.until("/status", lambda status: status["pool"]["slots_in_use"] == 0)
         assert (await client.post("/artifacts/list", T))[0] == 404
         assert (await client.post("/execute", call("ls")))[1]["output"] == ""
 
 
 async def test_trajectories_that_find_no_slot_are_told_and_others_go_on(tmp_path: Path) -> None:
-    async with serving(tmp_path, acquire_timeout_s=0.3) as client:
+    async with serving(tmp_path, acquire_timeout_s=1.5) as client:
         for name in ("a", "b"):
             await client.post("/execute", call("true", name))
         status, answer = await client.post("/execute", call("true", "c"))
         assert (status, answer["kind"]) == (503, "no_slot")
-        assert "acquire_timeout_s=0.3" in answer["error"]
+        assert "acquire_timeout_s=1.5" in answer["error"]
         assert (await client.post("/execute", call("echo a", "a")))[0] == 200
         await client.post("/release", {"trajectory_id": "a"})
         assert (await client.post("/execute", call("echo c", "c")))[1]["output"] == "c\n"
@@ -275,7 +275,7 @@ async def test_a_lost_slot_is_told_and_the_next_call_has_a_fresh_one(tmp_path: P
             if "sandbox_image.server" in process.command:
                 os.kill(process.pid, signal.SIGKILL)
         refused = set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (answer := await client.post("/execute", call("ls; echo here")))[0] != 200:
                 refused.add((answer[0], answer[1]["kind"]))
                 await asyncio.sleep(0.05)
@@ -287,8 +287,7 @@ async def test_a_lost_slot_is_told_and_the_next_call_has_a_fresh_one(tmp_path: P
 async def test_a_release_ends_the_call_that_runs(tmp_path: Path) -> None:
     async with serving(tmp_path) as client:
         call_under_way = asyncio.create_task(client.post("/execute", call("sleep 100", timeout=200)))
-        await asyncio.sleep(0.3)
-        assert (await client.get("/status"))[1]["calls_running"] == 1
+        await client.until("/status", lambda status: status["calls_running"] == 1)
         await client.post("/release", T)
         status, answer = await call_under_way
         assert (status, answer["kind"]) == (409, "slot_lost")
@@ -303,7 +302,7 @@ async def test_the_process_ends_in_order(tmp_path: Path) -> None:
         assert (await service.client.post("/execute", call("echo hi")))[1]["output"] == "hi\n"
         assert (await service.client.get("/status"))[1]["pool"]["slots"] == 1
         call_under_way = asyncio.create_task(service.client.post("/execute", call("sleep 100")))
-        await asyncio.sleep(0.3)
+        await service.client.until("/status", lambda status: status["calls_running"] == 1)
         status, said = await service.end()
         assert status == 0
         assert "Traceback" not in said

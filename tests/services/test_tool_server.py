@@ -22,6 +22,7 @@ from hermes_envs.tools.external import ExternalTool, ExternalToolbox, ExternalTo
 from hermes_envs.tools.sha256 import SHA256
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
 from tests.support.services import Client, client_of, refusal, running
+from tests.support.waiting import PATIENCE_S
 
 TOKEN = "a-token"
 TOOLS = "hermes_envs.tools.sha256:TOOLS"
@@ -204,7 +205,7 @@ async def test_a_server_that_is_late_is_waited_for() -> None:
     async def late() -> None:
         await asyncio.sleep(0.2)
         async with serving(port=port):
-            await asyncio.sleep(2)
+            await asyncio.sleep(PATIENCE_S)
 
     server = asyncio.create_task(late())
     async with connected(f"http://127.0.0.1:{port}") as tools:
@@ -317,7 +318,7 @@ async def test_the_process_serves_tools_of_ones_own_and_ends_in_order(tmp_path: 
         assert (await service.client.get("/health"))[1]["max_concurrency"] == 3
         assert (await service.client.get("/tools", token=""))[0] == 401
         waiting = asyncio.create_task(service.client.post("/execute", {"tool": "wait", "args": {}}))
-        await asyncio.sleep(0.2)
+        await service.client.until("/health", lambda answer: answer["running"] == 1)
         status, said = await service.end()
         assert (status, said) == (0, "")
         await asyncio.gather(waiting, return_exceptions=True)

@@ -82,7 +82,7 @@ class CountingEnv(AgentEnv):
     async def verify_and_score_trajectory(self, task: AgentTask, episode: Episode, workspace: Workspace) -> Score:
         """By what was sampled."""
         await asyncio.sleep(60.0 if task.item == self.config.slow_item else self.config.grading_seconds)
-        return Score(score_of([mask for segment in episode.rollout.segments for mask in segment.masks]), "sampled")
+        return Score(score_of([mask for segment in episode.record.segments for mask in segment.masks]), "sampled")
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Remember when."""

@@ -44,3 +44,11 @@ def below(pid: int) -> list[Process]:
 def mentioning(text: str) -> list[Process]:
     """The processes whose command line has a text in it."""
     return [process for process in processes() if text in process.command]
+
+
+def above(pid: int) -> list[int]:
+    """The processes that one descends from."""
+    parents, found = {process.pid: process.parent for process in processes()}, []
+    while pid := parents.get(pid, 0):
+        found.append(pid)
+    return found

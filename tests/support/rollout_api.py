@@ -12,6 +12,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.support.waiting import PATIENCE_S
+
 REGISTRATION: dict[str, Any] = {
     "wandb_group": "g",
     "wandb_project": "p",
@@ -66,7 +68,7 @@ class RolloutApi:
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
-            async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+            async with aiohttp.ClientSession() as session, asyncio.timeout(PATIENCE_S):
                 while True:
                     with contextlib.suppress(aiohttp.ClientConnectionError):
                         async with session.get(f"{self.address}/info"):
@@ -111,17 +113,17 @@ class ScriptedTrainer:
             await self.reset()
         assert await self.get("/batch") == {"batch": None}
 
-    async def batch(self, timeout_s: float = 60.0) -> list[dict[str, Any]]:
+    async def batch(self) -> list[dict[str, Any]]:
         """The next batch: a list of groups."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 if batch := (await self.get("/batch"))["batch"]:
                     return list(batch)
                 await asyncio.sleep(0.05)
 
-    async def queue_of(self, groups: int, timeout_s: float = 60.0) -> None:
+    async def queue_of(self, groups: int) -> None:
         """Wait until so many groups or more are in the queue."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 if (await self.get("/status"))["queue_size"] >= groups:
                     return

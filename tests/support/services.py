@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 import hermes_envs
+from tests.support.waiting import PATIENCE_S
 
 CHECKOUT = Path(hermes_envs.__path__[0]).parent
 
@@ -44,6 +45,12 @@ class Client:
         """POST."""
         return await self.ask("POST", route, body, token)
 
+    async def until(self, route: str, condition: Callable[[Any], bool]) -> None:
+        """Wait until an answer is such."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition((await self.get(route))[1]):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
 
 @asynccontextmanager
 async def client_of(port: int, token: str) -> AsyncIterator[Client]:
@@ -63,7 +70,7 @@ class Service:
     async def end(self) -> tuple[int, str]:
         """Send SIGTERM and wait: the exit status, and what it said on standard error."""
         self.process.terminate()
-        _, said = await asyncio.wait_for(self.process.communicate(), 30)
+        _, said = await asyncio.wait_for(self.process.communicate(), PATIENCE_S)
         assert self.process.returncode is not None
         return self.process.returncode, said.decode()
 
@@ -86,7 +93,7 @@ async def running(module: str, *flags: str, token: str, **variables: str) -> Asy
     process = await start(module, *flags, **variables)
     try:
         assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        line = await asyncio.wait_for(process.stdout.readline(), PATIENCE_S)
         assert line, (await process.communicate())[1].decode()
         ready = json.loads(line)
         assert ready["ready"] is True
@@ -101,7 +108,7 @@ async def running(module: str, *flags: str, token: str, **variables: str) -> Asy
 async def refusal(module: str, *flags: str, **variables: str) -> tuple[int, str]:
     """The exit status and the words of a service that does not start."""
     process = await start(module, *flags, **variables)
-    said, errors = await asyncio.wait_for(process.communicate(), 60)
+    said, errors = await asyncio.wait_for(process.communicate(), PATIENCE_S)
     assert said == b""
     assert process.returncode is not None
     return process.returncode, errors.decode()

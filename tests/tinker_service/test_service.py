@@ -23,6 +23,7 @@ if missing := [package for package in ("torch", "tinker") if importlib.util.find
 import tinker
 from tinker import types
 
+from tests.support.waiting import PATIENCE_S
 from tests.tinker_service.clients import (
     Client,
     client_of_new_service,
@@ -300,13 +301,13 @@ async def test_the_program_serves_until_it_is_told_to_end_and_keeps_checkpoints(
         command = ["-m", "tests.tinker_service", "--model-folder", str(tmp_path), "--port", "0", "--seed", "3"]
         process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
-        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
+        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), PATIENCE_S))
         assert ready["ready"] is True
         return process, f"http://127.0.0.1:{ready['port']}"
 
     async def end(process: asyncio.subprocess.Process) -> None:
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
 
     process, base_url = await program()
     try:

@@ -19,18 +19,18 @@ from tests.support.rollout_api import free_port
 from tests.train.walker import TOOLSET, make_walker
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 60
+STEPS, LEARNING_RATE = 60, 0.001
 COMPARED = 3
 """The rise is that of the mean reward of the last steps over that of the first: so many of each."""
 
 
-async def learn(folder: Path, seed: int) -> list[float]:
+async def learn(folder: Path, seed: int, steps: int = STEPS, learning_rate: float = LEARNING_RATE) -> list[float]:
     """Train a fresh walker; the mean reward of each step. `folder` is new, or empty."""
     model = folder / "model"
     model.mkdir(parents=True)
     make_walker(model)
     async with tinker_service(model, seed) as base_url:
-        config = write_config(folder, model)
+        config = write_config(folder, model, {"total_steps": steps}, {"learning_rate": learning_rate})
         async with trainer("--config", str(config), "--environment", "tests.train.walk", base_url=base_url) as process:
             _, said = await process.communicate()
     assert process.returncode == 0, said.decode()
@@ -76,7 +76,7 @@ def write_config(
             }
         ],
         "tinker": {
-            "learning_rate": 0.001,
+            "learning_rate": LEARNING_RATE,
             "checkpoint_dir": str(folder),
             "wandb_run_name": "run",
             "inference_port": inference_port,

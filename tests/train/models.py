@@ -33,7 +33,7 @@ def config_for(folder: Path, address: str = "http://127.0.0.1:1", **tinker: Any)
     env = EnvironmentOptions(
         tokenizer_name=str(folder), group_size=2, batch_size=2, total_steps=3, rollout_server_url=address, use_wandb=False
     )
-    return TrainingConfig(env=env, tinker=TrainerOptions(**{"lora_rank": 8, "patience_s": 5.0, **tinker}))
+    return TrainingConfig(env=env, tinker=TrainerOptions(**{"lora_rank": 8, "patience_s": 60.0, **tinker}))
 
 
 def address_of(service: TestedService) -> TinkerService:
@@ -42,11 +42,11 @@ def address_of(service: TestedService) -> TinkerService:
 
 
 @asynccontextmanager
-async def model_of_a_service(folder: Path) -> AsyncIterator[tuple[TinkerModel, TestedService]]:
+async def model_of_a_service(folder: Path, **tinker: Any) -> AsyncIterator[tuple[TinkerModel, TestedService]]:
     """A model, and the service that it is from."""
     async with (
         new_service(folder) as service,
-        tinker_model(config_for(folder), address_of(service), None) as model,
+        tinker_model(config_for(folder, **tinker), address_of(service), None) as model,
     ):
         yield model, service
 

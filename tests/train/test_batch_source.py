@@ -13,6 +13,7 @@ from hermes_envs.errors import ConfigError, TrainingError
 from hermes_envs.train.batch_source import BatchSource
 from hermes_envs.train.options import EnvironmentOptions, TrainerOptions, TrainingConfig
 from tests.support.rollout_api import RolloutApi, free_port
+from tests.support.waiting import PATIENCE_S
 from tests.train.test_batch import item
 
 
@@ -39,7 +40,7 @@ async def test_batches_come_whole_after_a_registration(run_api: RolloutApi) -> N
     async with source(run_api.address, first_step=3) as batches:
         await batches.register()
         await post(run_api.address, item(1.0, 0.0))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             batch = await batches.next_batch()
     assert [group["scores"] for group in batch] == [[1.0, 0.0]]
     assert (await ask(run_api.address, "/status"))["current_step"] == 4
@@ -58,7 +59,7 @@ async def test_an_api_that_has_forgotten_the_trainer_gets_it_again(run_api: Roll
             await run_api.start()
         else:
             await ask(run_api.address, "/reset_data")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (await ask(run_api.address, "/status"))["current_step"] != 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             await post(run_api.address, item(1.0, 0.0))
@@ -73,7 +74,7 @@ async def test_an_api_with_data_from_before_the_trainer_is_made_to_work(run_api:
         assert (await ask(run_api.address, "/batch"))["status"] == "error"
         await batches.register()
         await post(run_api.address, item(0.0, 1.0))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert [group["scores"] for group in await batches.next_batch()] == [[0.0, 1.0]]
 
 
@@ -82,7 +83,7 @@ async def test_an_api_at_another_step_begins_at_this_trainers(run_api: RolloutAp
     async with source(run_api.address, first_step=4) as before:
         await before.register()
         await ask(run_api.address, "/batch")
-    async with source(run_api.address, first_step=2) as batches, asyncio.timeout(10):
+    async with source(run_api.address, first_step=2) as batches, asyncio.timeout(PATIENCE_S):
         await batches.register()
         assert (await ask(run_api.address, "/status"))["current_step"] == 2
         assert (await ask(run_api.address, "/batch"))["batch"] is None
@@ -106,7 +107,7 @@ async def test_a_batch_may_take_as_long_as_the_patience_goes(delay_s: float, pat
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", port := free_port()).start()
-        async with source(f"http://127.0.0.1:{port}", patience_s=patience_s) as batches, asyncio.timeout(10):
+        async with source(f"http://127.0.0.1:{port}", patience_s=patience_s) as batches, asyncio.timeout(PATIENCE_S):
             if delay_s < patience_s:
                 assert len(await batches.next_batch()) == 1
             else:
@@ -122,18 +123,18 @@ async def test_another_trainers_batch_size_is_an_error_and_leaves_its_batches_al
         await post(run_api.address, item(1.0, 0.0))
         with pytest.raises(ConfigError, match=r"batches of 2 sequences for another trainer, not of 4"):
             await second.next_batch()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert len(await first.next_batch()) == 1
 
 
 async def test_an_api_that_is_not_there_is_given_up() -> None:
-    async with source(f"http://127.0.0.1:{free_port()}", patience_s=0.5) as batches, asyncio.timeout(20):
+    async with source(f"http://127.0.0.1:{free_port()}", patience_s=0.5) as batches, asyncio.timeout(PATIENCE_S):
         with pytest.raises(TrainingError, match=r"rollout_server_url: run-api has not answered for 0.5 s"):
             await batches.register()
 
 
 async def test_an_environment_that_has_ended_leaves_no_trainer_waiting(run_api: RolloutApi) -> None:
-    async with source(run_api.address, is_dry=True) as batches, asyncio.timeout(20):
+    async with source(run_api.address, is_dry=True) as batches, asyncio.timeout(PATIENCE_S):
         await batches.register()
         await post(run_api.address, item(1.0, 0.0))
         assert len(await batches.next_batch()) == 1

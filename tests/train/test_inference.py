@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from atroposlib.envs.base import APIServerConfig
-from atroposlib.envs.server_handling.server_manager import ServerManager
 from transformers import PreTrainedTokenizerFast
 
+from hermes_envs.policies.endpoints import Endpoints
+from hermes_envs.policies.token_endpoint import TokenEndpoint
 from hermes_envs.policies.token_engine import TokenEngine
-from hermes_envs.policies.token_servers import exact_server_class
 from hermes_envs.rendering.choice import create_chat_renderer
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.train.inference import InferenceServer
+from tests.support.waiting import PATIENCE_S
 from tests.train.walk import PROMPT
 from tests.train.walker import TOOLSET
 
@@ -44,15 +46,21 @@ class Served:
             return reply.status, await reply.json()
 
 
-@pytest_asyncio.fixture
-async def served(walker: Path) -> AsyncIterator[Served]:
+@asynccontextmanager
+async def serving(walker: Path, **tinker: Any) -> AsyncIterator[Served]:
     from tests.train.models import model_of_a_service
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(walker)
     server = InferenceServer("walker", tokenizer, lambda: create_chat_renderer(tokenizer, "llama-3"), ServiceOptions())
-    async with server.service.listening() as port, model_of_a_service(walker) as (model, service):
+    async with server.service.listening() as port, model_of_a_service(walker, **tinker) as (model, service):
         server.use(model)
         yield Served(server, f"http://127.0.0.1:{port}", tokenizer, service.__aexit__)
+
+
+@pytest_asyncio.fixture
+async def served(walker: Path) -> AsyncIterator[Served]:
+    async with serving(walker) as served:
+        yield served
 
 
 async def test_generate_gives_tokens_logprobs_and_why_it_ended(served: Served) -> None:
@@ -117,15 +125,14 @@ async def test_the_environments_engine_can_use_it(served: Served) -> None:
         base_url=f"{served.address}/v1",
         api_key="none",
         model_name="walker",
-        tokenizer_name=served.tokenizer.name_or_path,
         health_check=False,
     )
     renderer = create_chat_renderer(served.tokenizer, "llama-3")
-    manager = ServerManager([config], server_class=exact_server_class([config]))
-    engine = TokenEngine(manager, renderer, 1.0)
-    samples = await asyncio.gather(
-        *(engine.sample(renderer.prompt([{"role": "user", "content": PROMPT}], TOOLS), 3) for _ in range(20))
-    )
+    async with aclosing(Endpoints([TokenEndpoint(config)])) as endpoints:
+        engine = TokenEngine(endpoints, renderer, 1.0)
+        samples = await asyncio.gather(
+            *(engine.sample(renderer.prompt([{"role": "user", "content": PROMPT}], TOOLS), 3) for _ in range(20))
+        )
     assert {sample.truncated for sample in samples} == {True, False}
 
 
@@ -183,9 +190,9 @@ async def test_a_request_that_cannot_be_honoured_is_refused_by_name(served: Serv
     assert named in reply["error"]
 
 
-async def test_a_service_that_is_gone_is_the_services_fault(served: Served) -> None:
-    await served.stop_service(None, None, None)
-    async with asyncio.timeout(20):
+async def test_a_service_that_is_gone_is_the_services_fault(walker: Path) -> None:
+    async with serving(walker, patience_s=4.0) as served, asyncio.timeout(PATIENCE_S):
+        await served.stop_service(None, None, None)
         status, reply = await served.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 4}})
     assert (status, reply["kind"]) == (502, "engine_failed")
 

@@ -7,13 +7,15 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import yaml
 
+from hermes_envs.train.__main__ import main
 from hermes_envs.train.companions import Companions
 from hermes_envs.train.metrics import FILE, read_metrics
 from tests.support.rollout_api import RolloutApi
@@ -23,12 +25,13 @@ from tests.train.walk import EVALUATED
 pytest.importorskip("torch")
 pytest.importorskip("tinker")
 
+from tests.support.waiting import PATIENCE_S, until
 from tests.train.models import service_that_hangs
 
 NOWHERE = "http://127.0.0.1:1"
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(walker: Path) -> AsyncIterator[str]:
     async with tinker_service(walker) as address:
         yield address
@@ -36,15 +39,9 @@ async def service(walker: Path) -> AsyncIterator[str]:
 
 async def run(*arguments: str, base_url: str = NOWHERE) -> tuple[int | None, str]:
     """The status of a trainer that ends by itself, and what it said."""
-    async with trainer(*arguments, base_url=base_url) as process, asyncio.timeout(60):
+    async with trainer(*arguments, base_url=base_url) as process, asyncio.timeout(PATIENCE_S):
         _, said = await process.communicate()
     return process.returncode, said.decode()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
 
 
 def processes_of(config: Path) -> list[str]:
@@ -73,12 +70,17 @@ async def test_a_file_that_cannot_work_ends_with_one_line(tmp_path: Path, walker
     assert said == f"error: config: {config}: tinker.lora_rnk: there is no such option\n"
 
 
-async def test_a_port_that_is_taken_is_an_error(tmp_path: Path, walker: Path) -> None:
+def test_a_port_that_is_taken_is_an_error(
+    tmp_path: Path, walker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        status, said = await run("--config", str(write_config(tmp_path, walker, tinker={"inference_port": port})))
-    assert status == 1
-    assert f"error: tinker.inference_port: port {port} is in use" in said
+        config = write_config(tmp_path, walker, tinker={"inference_port": port})
+        monkeypatch.setattr("sys.argv", ["train", "--config", str(config)])
+        monkeypatch.setenv("TINKER_BASE_URL", NOWHERE)
+        monkeypatch.setenv("TINKER_API_KEY", "tml-none")
+        assert main() == 1
+    assert f"error: tinker.inference_port: port {port} is in use" in capsys.readouterr().err
 
 
 async def test_an_environment_that_fails_ends_the_run_with_its_reason(tmp_path: Path, walker: Path, service: str) -> None:
@@ -107,18 +109,17 @@ async def test_a_stop_is_heard_while_the_service_hangs(tmp_path: Path, walker: P
     async with (
         service_that_hangs() as (address, asked),
         trainer("--config", str(config), base_url=address) as process,
-        asyncio.timeout(60),
+        asyncio.timeout(PATIENCE_S),
     ):
         await asked.wait()
         process.terminate()
-        async with asyncio.timeout(10):
-            _, said = await process.communicate()
+        _, said = await process.communicate()
     assert (process.returncode, said.decode().splitlines()[-1]) == (1, f"interrupted: {tmp_path / 'run'}")
 
 
 async def test_what_earlier_runs_said_stays_and_is_not_said_again(tmp_path: Path) -> None:
     for said in ("first", "second"):
-        async with Companions(tmp_path) as companions, asyncio.timeout(30):
+        async with Companions(tmp_path) as companions, asyncio.timeout(PATIENCE_S):
             await companions.start("module", f"no_{said}_module", ())
             await companions.ended("module")
             assert f"no_{said}_module" in companions.failure.result()
@@ -145,5 +146,5 @@ async def test_a_stop_saves_and_a_second_run_goes_on_and_not_even_a_kill_leaves_
         await until(lambda: len(steps(tmp_path)) > reached)
         assert process.stderr is not None
         os.kill(process.pid, signal.SIGKILL)
-        await until(lambda: processes_of(config) == [], 30)
+        await until(lambda: processes_of(config) == [])
     assert [row["step"] for row in steps(tmp_path)] == list(range(len(steps(tmp_path))))

@@ -29,6 +29,7 @@ from tests.train.test_batch_source import post
 pytest.importorskip("torch")
 pytest.importorskip("tinker")
 
+from tests.support.waiting import PATIENCE_S, until
 from tests.tinker_service.service import TinkerService
 from tests.train.models import ScriptedTraining, address_of, config_for, new_service, service_that_hangs
 
@@ -73,15 +74,14 @@ async def test_a_run_trains_on_what_it_can_and_counts_the_rest(
     walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
 ) -> None:
     config = config_of(walker, run_api, tmp_path, learning_rate=0.01)
-    async with trainer(config, service) as (run, model, published), asyncio.timeout(60):
+    async with trainer(config, service) as (run, model, published), asyncio.timeout(PATIENCE_S):
         before = await logprob_of(model, 7)
         running = asyncio.create_task(run.run())
         # Each waits for its turn: batches that are formed together are served newest first.
         broken = item(1.0, 0.0) | {"masks": [[-100, -100, 7, 8, 1]] * 2}
         for step, group in enumerate((item(1.0, 0.0, sampled=[[7], [8]]), item(0.5, 0.5), broken)):
             await post(run_api.address, group)
-            while len(published) == step:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+            await until(lambda step=step: len(published) > step)
         await running
         assert await logprob_of(model, 7) > before
     rows = read_metrics(config.tinker.run_folder / FILE)
@@ -100,11 +100,10 @@ async def test_a_run_that_is_stopped_goes_on_from_where_it_was(
     walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
 ) -> None:
     config = config_of(walker, run_api, tmp_path, learning_rate=0.01)
-    async with trainer(config, service) as (run, model, published), asyncio.timeout(60):
+    async with trainer(config, service) as (run, model, published), asyncio.timeout(PATIENCE_S):
         running = asyncio.create_task(run.run())
         await post(run_api.address, item(1.0, 0.0, sampled=[[7], [8]]))
-        while not published:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await until(lambda: bool(published))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -112,13 +111,12 @@ async def test_a_run_that_is_stopped_goes_on_from_where_it_was(
     checkpoint = resume_from(config)
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.base_model, checkpoint.lora_rank) == (1, str(walker), 8)
-    async with trainer(config, service) as (run, model, published), asyncio.timeout(60):
+    async with trainer(config, service) as (run, model, published), asyncio.timeout(PATIENCE_S):
         assert await logprob_of(model, 7) == pytest.approx(reached, abs=1e-5)
         running = asyncio.create_task(run.run())
         for step in (0, 1):
             await post(run_api.address, item(1.0, 0.0))
-            while len(published) == step:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+            await until(lambda step=step: len(published) > step)
         await running
     assert published == [2, 3]
     assert [row["step"] for row in read_metrics(config.tinker.run_folder / FILE)] == [0, 1, 2]
@@ -130,12 +128,11 @@ async def test_checkpoints_come_as_often_as_asked_for(
     walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
 ) -> None:
     config = config_of(walker, run_api, tmp_path, save_checkpoint_interval=2)
-    async with trainer(config, service) as (run, _, published), asyncio.timeout(60):
+    async with trainer(config, service) as (run, _, published), asyncio.timeout(PATIENCE_S):
         running = asyncio.create_task(run.run())
         for step in range(3):
             await post(run_api.address, item(1.0, 0.0))
-            while len(published) == step:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+            await until(lambda step=step: len(published) > step)
         await running
     names = sorted(path.name for path in config.tinker.run_folder.glob("step-*.json"))
     assert names == ["step-00000002.json", "step-00000003.json"]
@@ -147,8 +144,8 @@ async def test_checkpoints_come_as_often_as_asked_for(
 async def test_a_service_that_fails_ends_the_run_and_not_as_complete(
     walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
 ) -> None:
-    config = config_of(walker, run_api, tmp_path, patience_s=1.0)
-    async with trainer(config, service) as (run, _, published), asyncio.timeout(60):
+    config = config_of(walker, run_api, tmp_path, patience_s=4.0)
+    async with trainer(config, service) as (run, _, published), asyncio.timeout(PATIENCE_S):
         running = asyncio.create_task(run.run())
         await service.__aexit__(None, None, None)
         await post(run_api.address, item(1.0, 0.0))
@@ -161,14 +158,13 @@ async def test_a_service_that_fails_ends_the_run_and_not_as_complete(
 async def test_a_run_that_gets_no_more_batches_saves_what_it_has(
     walker: Path, run_api: RolloutApi, tmp_path: Path, service: TinkerService
 ) -> None:
-    config = config_of(walker, run_api, tmp_path, patience_s=3.0)
-    async with trainer(config, service) as (run, _, published), asyncio.timeout(60):
+    config = config_of(walker, run_api, tmp_path, patience_s=5.0)
+    async with trainer(config, service) as (run, _, published), asyncio.timeout(PATIENCE_S):
         running = asyncio.create_task(run.run())
         await post(run_api.address, item(1.0, 0.0))
-        while not published:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await until(lambda: bool(published))
         await run_api.stop()
-        with pytest.raises(TrainingError, match="run-api has not answered for 3 s"):
+        with pytest.raises(TrainingError, match="run-api has not answered for 5 s"):
             await running
     checkpoint = resume_from(config)
     assert checkpoint is not None
@@ -199,7 +195,7 @@ async def test_a_run_that_is_stopped_in_a_step_saves_it_only_if_it_succeeds(
     async with (
         BatchSource(config, first_step=0, is_dry=lambda: False) as source,
         Metrics(config, 0) as metrics,
-        asyncio.timeout(30),
+        asyncio.timeout(PATIENCE_S),
     ):
         await source.register()
         running = asyncio.create_task(Trainer(config, source, model, metrics, VOCABULARY, lambda step: None).run())
@@ -231,29 +227,27 @@ async def test_a_service_that_returns_no_logprobs_is_an_error_before_the_step_is
 
 async def test_a_service_that_hangs_is_given_up(walker: Path) -> None:
     """The SDK waits for minutes where it opens its session, in a thread that cannot be ended."""
-    started = asyncio.get_running_loop().time()
-    async with service_that_hangs() as (address, asked):
+    async with service_that_hangs() as (address, asked), asyncio.timeout(PATIENCE_S):
         with pytest.raises(
             TrainingError, match=rf"loading {walker} from the service at {address} \(TINKER_BASE_URL\): .* in time"
         ):
             async with tinker_model(
-                config_for(walker, patience_s=1.0), TinkerAddress(base_url=address, api_key="tml-none"), None
+                config_for(walker, patience_s=2.0), TinkerAddress(base_url=address, api_key="tml-none"), None
             ):
                 pass
         assert asked.is_set()
-    assert asyncio.get_running_loop().time() - started < 5
 
 
 async def test_a_service_that_is_not_there_is_said_at_once(walker: Path, tmp_path: Path, service: TinkerService) -> None:
     await service.__aexit__(None, None, None)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(TrainingError, match="TINKER_BASE_URL: no Tinker service answers at http://127"):
-            async with tinker_model(config_for(walker), address_of(service), None):
+            async with tinker_model(config_for(walker, patience_s=2 * PATIENCE_S), address_of(service), None):
                 pass
 
 
 async def test_a_model_that_the_service_does_not_have_is_an_error(walker: Path, service: TinkerService) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(TrainingError, match="loading another/model"):
             async with tinker_model(config_for(walker, base_model="another/model"), address_of(service), None):
                 pass
