@@ -29,7 +29,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layer:
-    """A named start of a workspace: `build` runs once per sandbox in a slot with network, its result is frozen and shared.
+    """A named state of a workspace to start from: `build` runs once per sandbox, in a slot with network; the result is frozen.
 
     The slot in which it is built starts from `base`, if there is one. `build` raises to report that the layer cannot be built;
     nothing is kept then, and whoever asked gets the exception.

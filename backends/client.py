@@ -44,7 +44,7 @@ TIMEOUT_MARGIN_S = 15.0
 CONTROL_TIMEOUT_S = 120.0
 FREEZE_TIMEOUT_S = 600.0
 CONNECT_RETRIES_S = (0.05, 0.2, 0.5)
-"""Pauses before a request that could not even be delivered is tried again."""
+"""Pauses before the retries of a request for which there was no connection."""
 
 _JSON_ESCAPE = 6  # one byte can become \u0000
 _MESSAGE_BYTES = 1 << 20
@@ -57,7 +57,7 @@ Answer = TypeVar("Answer")
 
 
 async def _lines(answer: HttpAnswer, count: int) -> AsyncIterator[bytes]:
-    """The lines of a streamed answer, `count` at most, each of bounded length."""
+    """The lines of a streamed answer: at most `count`, each at most `_RESULT_BYTES` long."""
     buffer = bytearray()
     async for piece in answer.pieces():
         searched = len(buffer)
@@ -75,7 +75,7 @@ async def _lines(answer: HttpAnswer, count: int) -> AsyncIterator[bytes]:
 
 
 async def _persist(attempt: Callable[[], Awaitable[Answer]], *, repeatable: bool) -> Answer:
-    """Repeat an attempt that was certainly not delivered and, once, one that may be `repeatable` after a broken connection."""
+    """Retry an attempt that got no connection, and once a `repeatable` one whose connection broke."""
     pauses = iter(CONNECT_RETRIES_S)
     while True:
         try:

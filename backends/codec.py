@@ -1,6 +1,7 @@
-"""Between the bytes on the wire and the messages of the protocol, on the side that trusts nothing.
+"""Encodes requests to a slot server and decodes its answers, which are not trusted.
 
-Answers are decoded strictly, errors are chosen from a closed table, and text of the server appears in messages only, shortened.
+Answers are decoded strictly and exceptions are chosen from a closed table. The server's own text appears in their messages
+only, shortened and without control characters.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _SHOWN_CHARS = 2000
 
 
 class RefusedError(SandboxProtocolError):
-    """The server calls the request malformed: it certainly did not run."""
+    """The server rejected the request as malformed; it was not executed."""
 
 
 class MissingError(SandboxProtocolError):
-    """What the request names is not there."""
+    """The request names a slot, route or layer that does not exist."""
 
 
 _EXCEPTIONS: Mapping[ErrorKind, type[SandboxError]] = {
@@ -62,7 +63,7 @@ Outcome = ExecutionResult | SandboxError
 
 @dataclass(frozen=True)
 class EncodedCall:
-    """An `ExecuteRequest` as it goes onto the wire. `timeout_s` is the tool's own timeout."""
+    """An encoded `ExecuteRequest`. `timeout_s` is the timeout of the tool, without the time for the way."""
 
     slot_id: str
     execution_id: str | None
@@ -71,7 +72,7 @@ class EncodedCall:
 
     @classmethod
     def of(cls, request: ExecuteRequest) -> EncodedCall:
-        """Encode.
+        """Encode a request.
 
         Raises:
             SandboxProtocolError: the arguments are not JSON, or too large to be sent.
@@ -84,10 +85,10 @@ class EncodedCall:
 
 
 def encode(message: Wire) -> bytes:
-    """The body of a request.
+    """Encode a message as JSON.
 
     Raises:
-        SandboxProtocolError: the message holds something that JSON cannot.
+        SandboxProtocolError: the message has a value that JSON cannot represent.
     """
     try:
         # The messages are flat: `vars` spares the deep copy that `asdict` makes of the arguments.
@@ -97,7 +98,7 @@ def encode(message: Wire) -> bytes:
 
 
 def decode(payload: bytes) -> object:
-    """The JSON value of an answer, or `SandboxProtocolError`."""
+    """Decode the JSON of an answer. Raises `SandboxProtocolError`."""
     try:
         return json.loads(payload)
     except (ValueError, RecursionError) as error:
@@ -105,7 +106,7 @@ def decode(payload: bytes) -> object:
 
 
 def read_message(kind: type[Message], value: object) -> Message:
-    """A decoded answer as a message, or `SandboxProtocolError`."""
+    """Convert a decoded answer to a message. Raises `SandboxProtocolError`."""
     try:
         return kind.from_json(value)
     except ProtocolError as error:
@@ -113,13 +114,13 @@ def read_message(kind: type[Message], value: object) -> Message:
 
 
 def shown(text: str) -> str:
-    """Text of the server as it may appear in a message: short, without characters that rewrite a terminal or forge a log."""
+    """Make text of the server fit for a message or a log: at most 2,000 characters, control characters escaped."""
     printable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_SHOWN_CHARS])
     return printable if len(text) <= _SHOWN_CHARS else printable + "..."
 
 
 def exception_of(value: object, *, artifact: bool) -> SandboxError:
-    """The exception that a `Failure` stands for, chosen from the closed table."""
+    """The exception for a decoded `Failure`; `artifact` says whether an artifact was requested."""
     failure = read_message(Failure, value)
     try:
         kind = ErrorKind(failure.kind)
@@ -134,7 +135,7 @@ def exception_of(value: object, *, artifact: bool) -> SandboxError:
 
 
 def read_result(call: EncodedCall, value: object) -> ExecutionResult:
-    """The result of this very call, or `SandboxProtocolError`."""
+    """Convert a decoded answer to the result of `call`. Raises `SandboxProtocolError`, also for the result of another call."""
     result = read_message(ExecutionResult, value)
     if result.execution_id != call.execution_id:
         raise SandboxProtocolError("the server answered with the result of another call")
@@ -142,7 +143,7 @@ def read_result(call: EncodedCall, value: object) -> ExecutionResult:
 
 
 def read_line(line: bytes, calls: Sequence[EncodedCall]) -> tuple[int, Outcome]:
-    """Which call a line of a streamed batch is about, and what became of it."""
+    """Decode a line of a streamed batch: the index of a call and its outcome. Raises `SandboxProtocolError`."""
     message = read_message(BatchLine, decode(line))
     if not 0 <= message.index < len(calls) or (message.result is None) == (message.failure is None):
         raise SandboxProtocolError(f"the server's answer has a line that fits no call: {shown(repr(line[:100]))}")
@@ -152,7 +153,7 @@ def read_line(line: bytes, calls: Sequence[EncodedCall]) -> tuple[int, Outcome]:
 
 
 def read_list(answer: object, name: str) -> list[Any]:
-    """The list that is the only field of an answer."""
+    """The value of an answer's only field, a list. Raises `SandboxProtocolError`."""
     if isinstance(answer, dict) and set(answer) == {name} and isinstance(values := answer[name], list):
         return values
     raise SandboxProtocolError(f"the server's answer is not an object with the list {name!r}")

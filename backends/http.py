@@ -26,11 +26,11 @@ _CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 class NotDeliveredError(SandboxUnavailableError):
-    """No connection: the request certainly did not run."""
+    """No connection could be made, so the request was not executed."""
 
 
 class ConnectionLostError(SandboxUnavailableError):
-    """The connection broke after the request may have been read."""
+    """The connection broke after the request was sent; it may have been executed or not."""
 
 
 class HttpAnswer:

@@ -1,4 +1,4 @@
-"""Which layers a sandbox has, and who is building one."""
+"""The layers of a sandbox, and the builds of layers that are running."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Awaitable, Callable
 
 
 class LayerShelf:
-    """The frozen layers of one sandbox; each is built once, however many ask for it at the same time."""
+    """The frozen layers of one sandbox. Concurrent requests for a layer share one build."""
 
     def __init__(self) -> None:
         self._ready: dict[str, object] = {}
         self._builds: dict[str, asyncio.Future[None]] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether the layer is there or on its way."""
+        """Whether the layer exists or is being built."""
         return name in self._ready or name in self._builds
 
     async def ensure(self, name: str, build: Callable[[], Awaitable[None]]) -> object:
-        """Return when the layer is there. Whoever comes first builds it; if that one is cancelled, the next in line does.
+        """Return when the layer exists, after building it or waiting for a running build.
 
-        What is returned stands for this build, for `forget`.
+        If the task that builds is cancelled, the next waiter builds. Returns an identifier of the build, for `forget`.
 
         Raises:
-            Exception: whatever the build raised, to all who waited for this build. Later callers try anew.
+            Exception: what the build raised, to all that waited for it. Later callers start a new build.
         """
         while name not in self._ready:
             running = self._builds.get(name)
@@ -36,7 +36,7 @@ class LayerShelf:
         return self._ready[name]
 
     def forget(self, name: str, build: object) -> None:
-        """The sandbox does not have the layer any more; nothing if it has been built again meanwhile."""
+        """Note that the layer was deleted from the sandbox, unless it has been built again since `build`."""
         if self._ready.get(name) is build:
             del self._ready[name]
 

@@ -1,4 +1,4 @@
-"""Who has which slot. Knows no provider: a backend adds sandboxes and removes those that died."""
+"""Allocates the slots of all sandboxes of a backend, which adds sandboxes and removes those that died."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SlotLimits:
 
 @dataclass(eq=False)
 class _PooledSlot:
-    """A slot of a sandbox. Without `lease` its workspace is not fresh: it has to be reset before somebody gets it."""
+    """A slot of a sandbox. `lease` is None if it has not been reset since its last use."""
 
     sandbox: Sandbox
     slot_id: str
@@ -60,7 +60,7 @@ class _PooledSlot:
 
 @dataclass(eq=False)
 class _Loan:
-    """A slot that a trajectory has, with the limits that were asked for."""
+    """A slot in use by a trajectory, with the limits that `acquire` was told."""
 
     slot: Slot
     place: _PooledSlot
@@ -69,7 +69,7 @@ class _Loan:
 
 @dataclass(eq=False)
 class _Waiter:
-    """Somebody who waits for a slot: for any, or for one of a sandbox."""
+    """A pending `acquire`; with `sandbox_id` only a slot of that sandbox will do."""
 
     place: asyncio.Future[_PooledSlot]
     sandbox_id: str | None = None
@@ -81,14 +81,14 @@ class _Waiter:
 class SlotPool:
     """Hands out slots, first come first served, and takes them back.
 
-    Every slot is in exactly one place: free, lent to a trajectory, or being reset by a background task. Taking and giving back
-    are single steps of the event loop, so that no cancellation can come in between and lose a slot.
+    A slot is free, lent to a trajectory, or being reset by a background task. A slot changes from one state to the next without
+    an `await` in between, so that a cancellation cannot lose it.
     """
 
     def __init__(self, *, acquire_timeout_s: float, network: bool, on_demand: Callable[[], None]) -> None:
-        """`on_demand` is called whenever somebody has to wait: the backend adds a sandbox if it may.
+        """`on_demand` is called whenever an `acquire` has to wait, so that the backend can add a sandbox.
 
-        `network` says whether slots can reach the network, unless a reset says otherwise. While a layer is built they can.
+        `network` says whether slots reach the network by default. Layers are always built with it.
         """
         self._acquire_timeout_s = acquire_timeout_s
         self._usual_limits = SlotLimits(network)
@@ -109,7 +109,7 @@ class SlotPool:
 
     @property
     def slots(self) -> int:
-        """How many slots the sandboxes have, broken ones included."""
+        """The number of slots of all sandboxes, including those that cannot be reset."""
         return sum(len(sandbox.slot_ids) for sandbox in self._sandboxes.values())
 
     @property
@@ -129,7 +129,7 @@ class SlotPool:
             self._recycle(_PooledSlot(sandbox, slot_id))
 
     def remove(self, sandbox: Sandbox, error: SandboxError) -> None:
-        """Forget a sandbox that died: its slots are lost, and calls in them end with `error` at once."""
+        """Remove a dead sandbox and its slots; calls in them fail with `error` at once."""
         self._sandboxes.pop(sandbox.sandbox_id, None)
         self._free = deque(place for place in self._free if place.sandbox is not sandbox)
         self._lent = {key: loan for key, loan in self._lent.items() if loan.place.sandbox is not sandbox}
@@ -139,14 +139,14 @@ class SlotPool:
         sandbox.dispatcher.fail(error)
 
     def fail(self, error: SandboxError) -> None:
-        """There is no sandbox to be had: all who wait get `error`. Later ones wait, and cause demand, again."""
+        """Fail every pending `acquire` with `error`, because no sandbox can be started. Later ones wait again."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.place.done():
                 waiter.place.set_exception(error)
 
     async def close(self) -> None:
-        """Send away all who wait and stop resetting; the sandboxes are the backend's to end."""
+        """Fail every pending `acquire` and cancel the resets. The backend stops the sandboxes."""
         self._closed = True
         self.fail(SandboxUnavailableError("the backend was stopped"))
         for sandbox in list(self._sandboxes.values()):
@@ -241,7 +241,7 @@ class SlotPool:
                 self._waiters.remove(waiter)
 
     def _pick(self, start: Start) -> _PooledSlot | None:
-        """A free slot: of the sandbox that has the snapshot, or rather one of a sandbox that has the layer."""
+        """A free slot of the sandbox that has the snapshot; or any, preferably of a sandbox that has the layer."""
         place = next((place for place in self._free if _has(place.sandbox, start)), None)
         if isinstance(start, Snapshot):
             if start.sandbox_id not in self._sandboxes:
@@ -263,7 +263,7 @@ class SlotPool:
         )
 
     def _offer(self, place: _PooledSlot) -> None:
-        """A slot is free: it goes to whoever has waited longest."""
+        """Give a free slot to the waiter that has waited longest."""
         if place.sandbox.sandbox_id not in self._sandboxes:
             return
         waiter = next((waiter for waiter in self._waiters if waiter.takes(place)), None)
@@ -294,7 +294,7 @@ class SlotPool:
                 return
 
     async def _freshen(self, sandbox: Sandbox, slot: Slot, start: Start, limits: SlotLimits) -> bool:
-        """Reset a slot that is about to be handed out; False if it cannot be used."""
+        """Reset a slot before it is handed out; False if that fails."""
         failure = await self._reset_to(sandbox, slot, start, limits)
         if failure is not None:
             self._last_failure = failure
@@ -306,7 +306,7 @@ class SlotPool:
     async def _reset_to(
         self, sandbox: Sandbox, slot: Slot, start: Start, limits: SlotLimits, *, for_layer: bool = False
     ) -> SandboxError | None:
-        """Reset a slot, to a layer that is built if the sandbox has it not, or not any more; returns why that failed.
+        """Reset a slot and return the error if that fails. A layer that the sandbox does not have is built first.
 
         Raises:
             SnapshotError: there is no such snapshot.
@@ -353,7 +353,7 @@ class SlotPool:
 
 
 def _has(sandbox: Sandbox, start: Start) -> bool:
-    """Whether a slot of the sandbox is the right one to start there."""
+    """Whether the sandbox has the snapshot or layer already."""
     if isinstance(start, Snapshot):
         return sandbox.sandbox_id == start.sandbox_id
     return start is None or start.name in sandbox.layers

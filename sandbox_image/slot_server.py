@@ -178,7 +178,9 @@ class SlotServer:
     async def _reset(self, request: web.BaseRequest) -> web.Response:
         wanted = ResetRequest.from_json(await _body(request))
         slot = self._slot(wanted.slot_id)
-        state = await slot.reset(wanted.layer, network=wanted.network, for_layer=wanted.for_layer)
+        state = await slot.reset(
+            wanted.layer, network=wanted.network, memory_bytes=wanted.memory_bytes, for_layer=wanted.for_layer
+        )
         return _json(state.to_json())
 
     async def _freeze(self, request: web.BaseRequest) -> web.Response:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from sandbox_image.box.blueprint import Blueprint
+from sandbox_image.box.blueprint import Blueprint, BoxLimits
 from sandbox_image.box.box import Box
 from sandbox_image.box.boxes import Boxes
 from sandbox_image.box.defences import Defence
@@ -88,8 +88,9 @@ class HostedSlot:
         self._frozen: FrozenLayer | None = None
         # The workspaces of boxes that are still dying.
         self._past: list[MountedWorkspace] = []
-        self._network = False
-        self._usual_network = False
+        self._limits = self._usual_limits = BoxLimits(False, blueprint.groups.limits.memory_bytes)
+        # What its control group allows; the limits of its box may still be others.
+        self._memory_bytes = self._limits.memory_bytes
         self._closing = False
         self._memory_kills = boxes.directory.group.kills()
         self.defences: dict[str, Defence] = {}
@@ -107,7 +108,8 @@ class HostedSlot:
         if self.busy:
             state = "busy"
         layer = None if self._workspace is None or self._workspace.layer is None else self._workspace.layer.name
-        return SlotState(self.slot_id, self.lease, state, layer, self._network)
+        memory_bytes = None if self._boxes.directory.group.memory is None else self._memory_bytes
+        return SlotState(self.slot_id, self.lease, state, layer, self._limits.network, memory_bytes)
 
     async def start(self) -> None:
         """Make an empty workspace and a box around it.
@@ -115,12 +117,12 @@ class HostedSlot:
         Raises:
             BoxError: no box can be made.
         """
-        await self._renew(None, network=False, for_layer=False)
+        await self._renew(None, self._limits, for_layer=False)
 
     def start_ahead(self) -> None:
         """Start the spare box for the next reset in the background."""
         if not self._closing:
-            self._boxes.start_ahead(self._discard_past, network=self._usual_network)
+            self._boxes.start_ahead(self._discard_past, self._usual_limits)
 
     async def execute(self, request: ExecuteRequest, arguments: Arguments) -> ExecutionResult:
         """Run a tool when the calls before it have ended.
@@ -168,12 +170,17 @@ class HostedSlot:
             raise RequestError(ErrorKind.NOT_FOUND, f"{request.path}: no terminal was started")
         return await asyncio.to_thread(contain, request, content)
 
-    async def reset(self, layer: str | None, *, network: bool, for_layer: bool = False) -> SlotState:
+    async def reset(
+        self, layer: str | None, *, network: bool, memory_bytes: int | None = None, for_layer: bool = False
+    ) -> SlotState:
         """End the running call and start again with a new workspace, box and lease.
+
+        `memory_bytes` lowers the memory limit until the next reset.
 
         Raises:
             RequestError: no such layer (nothing has changed then), or the slot cannot be made ready.
         """
+        limits = self._limits_of(network, memory_bytes)
         used = None if layer is None else self._storage.layers.use(layer)
         try:
             async with self._resets:
@@ -181,12 +188,14 @@ class HostedSlot:
                 if self._turn.locked():
                     self._boxes.doom("the slot was reset")
                 async with self._turn:
+                    # Nobody would take back what is made after `close`.
+                    self._check_lease(None)
                     given, used = used, None
-                    await self._renew_or_fail(given, network=network, for_layer=for_layer)
+                    await self._renew_or_fail(given, limits, for_layer=for_layer)
         finally:
             self._storage.layers.leave(used)
         if not for_layer:
-            self._usual_network = network
+            self._usual_limits = limits
         self.start_ahead()
         return self.state()
 
@@ -209,7 +218,7 @@ class HostedSlot:
                 except (SlotServerError, OSError) as error:
                     raise self._failure(str(error)) from error
                 try:
-                    await self._renew_or_fail(None, network=False, for_layer=False)
+                    await self._renew_or_fail(None, self._limits_of(network=False), for_layer=False)
                 finally:
                     self._frozen = layer
         self.start_ahead()
@@ -235,7 +244,7 @@ class HostedSlot:
     async def close(self) -> None:
         """Kill its box; a running call fails with `SHUTTING_DOWN`."""
         self._closing = True
-        await self._boxes.close()
+        await self._boxes.kill("the server stops")
         async with self._turn:
             self._leave()
             self._discard_past()
@@ -258,28 +267,36 @@ class HostedSlot:
         before, self._memory_kills = self._memory_kills, self._boxes.directory.group.kills()
         return self._memory_kills != before
 
-    async def _renew_or_fail(self, layer: FrozenLayer | None, *, network: bool, for_layer: bool) -> None:
+    def _limits_of(self, network: bool, memory_bytes: int | None = None) -> BoxLimits:
+        most = self._blueprint.groups.limits.memory_bytes
+        return BoxLimits(network, most if memory_bytes is None else min(memory_bytes, most))
+
+    async def _renew_or_fail(self, layer: FrozenLayer | None, limits: BoxLimits, *, for_layer: bool) -> None:
         try:
-            await self._renew(layer, network=network, for_layer=for_layer)
+            await self._renew(layer, limits, for_layer=for_layer)
         except (SlotServerError, OSError) as error:
             raise self._failure(str(error)) from error
 
-    async def _renew(self, layer: FrozenLayer | None, *, network: bool, for_layer: bool) -> None:
+    async def _renew(self, layer: FrozenLayer | None, limits: BoxLimits, *, for_layer: bool) -> None:
         self._trouble = "it is being reset"
         unused = layer
         try:
             try:
-                await self._boxes.vacate(network=network)
+                if limits.memory_bytes != self._memory_bytes:
+                    # All of them use the memory that is limited.
+                    await self._boxes.kill("the slot was reset")
+                await self._boxes.vacate(limits)
             finally:
                 self._leave()
+            await self._limit_memory(limits.memory_bytes)
             if not self._storage.mounts:
                 # A box shows the directory that is there when it starts.
                 unused = None
-                await self._make(layer, for_layer)
-            box = await self._boxes.occupy(network=network)
+                await self._make(layer, limits, for_layer)
+            box = await self._boxes.occupy(limits)
             if self._storage.mounts:
                 unused = None
-                await self._make(layer, for_layer)
+                await self._make(layer, limits, for_layer)
             await box.enter(self._boxes.directory.seen_as)
             # Only now: the end of its namespaces would delay the mounts.
             self._boxes.doom_previous()
@@ -291,13 +308,26 @@ class HostedSlot:
         finally:
             self._storage.layers.leave(unused)
         self.defences = box.defences
-        self._network = network
+        self._limits = limits
         self._memory_kills = self._boxes.directory.group.kills()
         if self._closing:
-            await self._boxes.close()
+            await self._boxes.kill("the server stops")
 
-    async def _make(self, layer: FrozenLayer | None, for_layer: bool) -> None:
-        self._workspace = await self._storage.make(self._boxes.directory, layer, for_layer=for_layer)
+    async def _limit_memory(self, size: int) -> None:
+        """Set the limit of the control group, after the death of all boxes.
+
+        Raises:
+            OSError: it cannot be set.
+        """
+        if size != self._memory_bytes:
+            # Their files in memory are freed in the background.
+            self._discard_past()
+            await asyncio.to_thread(self._boxes.directory.group.limit_memory, size)
+            self._memory_bytes = size
+
+    async def _make(self, layer: FrozenLayer | None, limits: BoxLimits, for_layer: bool) -> None:
+        memory_bytes = limits.memory_bytes
+        self._workspace = await self._storage.make(self._boxes.directory, layer, memory_bytes, for_layer=for_layer)
         self._files = WorkspaceFiles(self._boxes.directory)
 
     def _leave(self) -> None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,14 @@ class SlotDirectory:
 
 
 @dataclass(frozen=True)
+class BoxLimits:
+    """What one box may use: whether it reaches the network, and the memory limit of its slot."""
+
+    network: bool
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """What the boxes of a server have in common."""
 
@@ -150,6 +158,11 @@ class Blueprint:
             options=options,
             seccomp_filter=None if isolation == "none" else seccomp.filter_of_this_machine(),
         )
+
+    def with_memory(self, memory_bytes: int) -> Blueprint:
+        """The same for slots with another memory limit."""
+        limits = replace(self.groups.limits, memory_bytes=memory_bytes)
+        return replace(self, groups=replace(self.groups, limits=limits))
 
     def make_slot(self, index: int) -> tuple[SlotDirectory, SlotDirectory]:
         """Make the two directories of a slot, and the files that describe its user."""

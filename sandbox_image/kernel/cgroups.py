@@ -26,6 +26,7 @@ _ENABLED = "cgroup.subtree_control"
 _CPU_SHARES, _CPU_WEIGHT, _MOST_CPU = 1024, 100, 10_000
 _EVENTS_BYTES = 4096
 _REMOVAL_S = 5.0
+_RELEASE_S = 10.0
 _RETRY_S = 0.01
 _NO_SWAP_ACCOUNT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP)
 _LOG = logging.getLogger("sandbox_image")
@@ -90,10 +91,12 @@ class SlotGroup:
     """The groups of one slot.
 
     `events` is open as long as the server lives: the file that counts processes which were killed for the memory limit.
+    `memory` is the one of them that limits memory, with the version of its hierarchy.
     """
 
     directories: tuple[Path, ...] = ()
     events: int | None = None
+    memory: tuple[int, Path] | None = None
 
     def add(self, pid: int) -> None:
         """Move a process here; what it starts from now on is here as well.
@@ -103,6 +106,18 @@ class SlotGroup:
         """
         for directory in self.directories:
             _write(directory / _PROCESSES, str(pid))
+
+    def limit_memory(self, size: int) -> None:
+        """Change the memory limit, if there is one. Waits, blocking, until no more than that is in use.
+
+        Raises:
+            OSError: more stays in use, or the kernel refuses.
+        """
+        deadline = time.monotonic() + _RELEASE_S
+        while self.memory is not None and not _fits(*self.memory, size):
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, f"more than {size} bytes of its memory stay in use")
+            time.sleep(_RETRY_S)
 
     def kills(self) -> int | None:
         """How many processes were killed because the slot had no memory left; None where nothing tells."""
@@ -148,13 +163,13 @@ class ControlGroups:
 
     def slot(self, index: int) -> SlotGroup:
         """The groups of a slot."""
-        events = [
-            _slot(own, index) / ("memory.oom_control" if hierarchy.version == 1 else "memory.events")
-            for hierarchy, own in self._own
-            if "memory" in hierarchy.controllers
-        ]
-        descriptor = os.open(events[0], os.O_RDONLY) if events else None
-        return SlotGroup(tuple(_slot(own, index) for _, own in self._own), descriptor)
+        directories = tuple(_slot(own, index) for _, own in self._own)
+        for hierarchy, own in self._own:
+            if "memory" in hierarchy.controllers:
+                group = _slot(own, index)
+                events = group / ("memory.oom_control" if hierarchy.version == 1 else "memory.events")
+                return SlotGroup(directories, os.open(events, os.O_RDONLY), (hierarchy.version, group))
+        return SlotGroup(directories)
 
     @property
     def versions(self) -> dict[str, int]:
@@ -211,17 +226,32 @@ def _make(hierarchy: Hierarchy, own: Path, limits: GroupLimits, slots: int) -> N
     _try(_slot(own, 0))
 
 
+def _fits(version: int, group: Path, size: int) -> bool:
+    """Set the limit; whether what is in use is within it. Version 1 refuses a limit that is too low, version 2 takes it."""
+    try:
+        _limit_memory(version, group, size)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    return version == 1 or int((group / "memory.current").read_text()) <= size
+
+
 def _limit_memory(version: int, group: Path, size: int) -> None:
     limit, swap = (
         ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if version == 1 else ("memory.max", "memory.swap.max")
     )
-    _write(group / limit, str(size))
-    try:
-        # Version 1 counts memory and swap together, version 2 swap alone.
-        _write(group / swap, str(size if version == 1 else 0))
-    except OSError as error:
-        if error.errno not in _NO_SWAP_ACCOUNT:
-            raise
+    # Version 1 counts memory and swap together, version 2 swap alone.
+    values = [(limit, size), (swap, size if version == 1 else 0)]
+    if version == 1 and size > int((group / limit).read_text()):
+        # Both together are never less than memory.
+        values.reverse()
+    for name, value in values:
+        try:
+            _write(group / name, str(value))
+        except OSError as error:
+            if name != swap or error.errno not in _NO_SWAP_ACCOUNT:
+                raise
 
 
 def _try(group: Path) -> None:

@@ -99,12 +99,12 @@ class _Trial:
         self._owner = owner
         for path in (self.point, directory / "layers"):
             path.mkdir(parents=True)
-        self._volumes = Volumes(directory, overlay=overlay, size=_SMALL["size"], inodes=_SMALL["inodes"])
+        self._volumes = Volumes(directory, overlay=overlay, inodes=_SMALL["inodes"])
 
     @contextmanager
     def mounted(self, layers: list[int], number: int | None) -> Iterator[Volume]:
         """Mount a workspace and make it the current directory."""
-        volume = self._volumes.mount(str(self.point), self._owner, layers, number)
+        volume = self._volumes.mount(str(self.point), self._owner, layers, number, size=_SMALL["size"])
         # The owner may not be able to pass the directories above it.
         os.chdir(self.point)
         try:

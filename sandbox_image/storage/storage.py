@@ -81,7 +81,7 @@ class Storage:
             # Later mounts there propagate into the boxes.
             linux.mount("none", shared, flags=linux.MS_SHARED)
             overlay = support.no_overlay is None
-            volumes = Volumes(data_dir.path, overlay=overlay, size=options.workspace_bytes, inodes=options.workspace_inodes)
+            volumes = Volumes(data_dir.path, overlay=overlay, inodes=options.workspace_inodes)
             for directory in directories:
                 directory.workspace.mkdir()
                 volumes.view(directory.uid)
@@ -113,10 +113,13 @@ class Storage:
             return Defence(False, str(limits["workspaces_are_unlimited_because"]))
         return Defence(True, f"{limits['workspace_bytes']} bytes and {limits['workspace_inodes']} files in memory")
 
-    async def make(self, directory: SlotDirectory, layer: FrozenLayer | None, *, for_layer: bool) -> MountedWorkspace:
+    async def make(
+        self, directory: SlotDirectory, layer: FrozenLayer | None, memory_bytes: int, *, for_layer: bool
+    ) -> MountedWorkspace:
         """Make a workspace that starts from a layer, and is going to be frozen if it is `for_layer`.
 
-        Takes over the caller's reference to the layer, and gives it back when the workspace is discarded or cannot be made.
+        Files in memory get at most half of the slot's `memory_bytes`: they count as memory, and no kill frees them. Takes over
+        the caller's reference to the layer, and gives it back when the workspace is discarded or cannot be made.
 
         Raises:
             SlotServerError, OSError: it cannot be made.
@@ -126,7 +129,9 @@ class Storage:
             if self._volumes is None:
                 _make_directory(directory)
             else:
-                workspace = MountedWorkspace(directory, layer, self._mount(self._volumes, directory, layer, for_layer))
+                size = min(self._options.workspace_bytes, memory_bytes // 2)
+                volume = self._mount(self._volumes, directory, layer, size, for_layer)
+                workspace = MountedWorkspace(directory, layer, volume)
             if layer is not None and not self._overlays:
                 await copy_tree(str(self.layers.path(layer.number) / FILES), str(directory.workspace), directory.uid)
         except BaseException:
@@ -214,11 +219,13 @@ class Storage:
         base = self._base(workspace)
         return base is not None and len(base.chain()) >= MAX_CHAIN
 
-    def _mount(self, volumes: Volumes, directory: SlotDirectory, layer: FrozenLayer | None, for_layer: bool) -> Volume:
+    def _mount(
+        self, volumes: Volumes, directory: SlotDirectory, layer: FrozenLayer | None, size: int, for_layer: bool
+    ) -> Volume:
         below = [below.number for below in layer.chain()] if layer is not None and self._overlays else []
         number = self.layers.reserve() if for_layer or self._options.workspaces_on_disk else None
         try:
-            return volumes.mount(str(directory.workspace), directory.uid, below, number)
+            return volumes.mount(str(directory.workspace), directory.uid, below, number, size=size)
         except OSError:
             if number is not None:
                 self.layers.give_up(number)

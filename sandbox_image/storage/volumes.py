@@ -47,13 +47,13 @@ class Volume:
 class Volumes:
     """Mounts workspaces, in a mount namespace in which that is allowed."""
 
-    def __init__(self, directory: Path, *, overlay: bool, size: int, inodes: int) -> None:
+    def __init__(self, directory: Path, *, overlay: bool, inodes: int) -> None:
         """`directory` contains the directory `layers`; mount points for internal use are made beside that."""
         self._layers = directory / "layers"
         self._views_directory = directory / "views"
         self._scratch = directory / "scratch"
         self._overlay = overlay
-        self._memory = f"size={size},nr_inodes={inodes},mode=700"
+        self._inodes = inodes
         self._views: dict[int | None, int] = {}
         for path in (self._views_directory, self._scratch, self._layers / str(EMPTY)):
             path.mkdir(mode=0o700)
@@ -81,7 +81,7 @@ class Volumes:
             self._views[owner] = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         return self._views[owner]
 
-    def mount(self, point: str, owner: int | None, layers: Sequence[int], number: int | None) -> Volume:
+    def mount(self, point: str, owner: int | None, layers: Sequence[int], number: int | None, *, size: int) -> Volume:
         """Mount a workspace at `point`, on top of `layers` (the uppermost first; ignored without overlay).
 
         What is written to it lies in the layer directory `number`, or in memory if that is None.
@@ -91,7 +91,8 @@ class Volumes:
         """
         if number is not None:
             return self._mount(point, owner, layers, number, self.path(owner, number))
-        linux.mount("workspace", str(self._scratch), "tmpfs", _FLAGS, self._memory)
+        options = f"size={size},nr_inodes={self._inodes},mode=700"
+        linux.mount("workspace", str(self._scratch), "tmpfs", _FLAGS, options)
         try:
             return self._mount(point, owner, layers, number, str(self._scratch))
         finally:

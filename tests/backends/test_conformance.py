@@ -18,6 +18,7 @@ from backends import (
     ArtifactForbiddenError,
     ArtifactNotFoundError,
     ArtifactTooLargeError,
+    BackendConfigError,
     Layer,
     SandboxProtocolError,
     Slot,
@@ -259,6 +260,75 @@ async def test_nothing_survives_a_call(backend: ToolBackend, slot: Slot) -> None
     before = (await bash(backend, slot, "wc -c < heartbeat")).output
     await asyncio.sleep(0.3)
     assert (await bash(backend, slot, "wc -c < heartbeat")).output == before
+
+
+# Limits of a task
+
+HUNGRY, FED = "head -c 300M /dev/zero | tail -c 200M | wc -c", f"{200 << 20}\n"
+"""A command one process of which holds 200 MiB, and what it prints if it can."""
+
+
+async def test_a_task_may_have_less_memory(backend: ToolBackend) -> None:
+    async with backend.slot("small", memory_bytes=100 << 20) as slot:
+        for _ in range(2):
+            result = await bash(backend, slot, HUNGRY)
+            assert result.output != FED
+            # Where slots have control groups; elsewhere each process is limited.
+            assert result.metadata.get("oom_killed", True)
+            assert (await bash(backend, slot, "echo fine")).output == "fine\n"
+            await backend.reset(slot)
+        # A reset may ask for something else.
+        await backend.reset(slot, memory_bytes=1 << 30)
+        assert (await bash(backend, slot, HUNGRY)).output == FED
+    # Whoever comes next has as much as ever, in every slot.
+    slots = await asyncio.gather(*(backend.acquire(f"next-{number}") for number in range(backend.get_stats().slots)))
+    for slot in slots:
+        assert (await bash(backend, slot, HUNGRY)).output == FED
+        await backend.release(slot)
+    await settled(backend)
+
+
+async def test_all_processes_of_a_task_share_its_memory(backend: ToolBackend) -> None:
+    async with backend.slot("small", memory_bytes=256 << 20) as slot:
+        together = "for n in 1 2 3; do (head -c 150M /dev/zero | tail -c 120M | (sleep 1; wc -c)) & done; wait"
+        result = await bash(backend, slot, together)
+        if "oom_killed" not in result.metadata:
+            pytest.skip("slots have no control groups here: each process is limited alone")
+        assert result.metadata["oom_killed"]
+
+
+async def test_files_of_a_task_never_use_up_its_memory(backend: ToolBackend) -> None:
+    async with backend.slot("small", memory_bytes=100 << 20) as slot:
+        result = await bash(backend, slot, "for path in /tmp/file file; do head -c 300M /dev/zero > $path; done")
+        if "oom_killed" not in result.metadata:
+            pytest.skip("slots have no control groups here: files do not count as memory")
+        assert (result.output.count("No space left"), result.metadata["oom_killed"]) == (2, False)
+        assert (await bash(backend, slot, "echo fine")).output == "fine\n"
+        # With all that is in its files, there is room for the next limit.
+        await backend.reset(slot, memory_bytes=80 << 20)
+        assert (await bash(backend, slot, "ls -A; ls -A /tmp; echo fine")).output == "fine\n"
+
+
+async def test_a_layer_is_built_with_all_the_memory(backend: ToolBackend) -> None:
+    async def build(slot: Slot) -> None:
+        assert (await bash(backend, slot, f"{HUNGRY} > built")).success
+
+    layer = Layer(f"layer-{uuid.uuid4().hex}", build)
+    async with backend.slot("small", layer=layer, memory_bytes=100 << 20) as slot:
+        assert (await bash(backend, slot, "cat built")).output == FED
+        assert (await bash(backend, slot, HUNGRY)).output != FED
+
+
+@pytest.mark.any_user
+async def test_what_no_slot_can_have_is_refused(backend: ToolBackend, slot: Slot) -> None:
+    for network, memory_bytes in ((True, None), (None, 1 << 20), (None, 0), (None, -1)):
+        with pytest.raises(BackendConfigError):
+            await backend.acquire("demanding", network=network, memory_bytes=memory_bytes)
+        with pytest.raises(BackendConfigError):
+            await backend.reset(slot, network=network, memory_bytes=memory_bytes)
+    assert (await bash(backend, slot, "echo fine")).output == "fine\n"
+    async with backend.slot("modest", network=False, memory_bytes=1 << 50) as other:
+        assert (await bash(backend, other, "echo fine")).output == "fine\n"
 
 
 # Artifacts

@@ -1,4 +1,4 @@
-"""What every backend promises about workspaces: their limits, layers that come and go, and snapshots."""
+"""What every backend promises about workspaces: their limits, layers that come and go, snapshots, and the network."""
 
 from __future__ import annotations
 
@@ -176,3 +176,16 @@ async def test_a_snapshot_dies_with_its_sandbox(provider: Any) -> None:
                 await backend.reset(slot, start_from=snapshot)
         with pytest.raises(SnapshotError):
             await backend.acquire("late", start_from=Snapshot("nowhere", "snapshot"))
+
+
+async def test_a_task_may_have_no_network(provider: Any) -> None:
+    # What leads out of a slot is a proxy that its environment names.
+    has_network = 'test -n "$https_proxy" && echo yes || echo no'
+    async with provider.make(slots=1, allow_network=True) as backend:
+        for network, expected in ((None, "yes"), (False, "no"), (True, "yes"), (False, "no"), (None, "yes")):
+            async with backend.slot("task", network=network) as slot:
+                assert await bash(backend, slot, has_network) == f"{expected}\n"
+                await backend.reset(slot, network=False)
+                assert await bash(backend, slot, has_network) == "no\n"
+                await backend.reset(slot)
+                assert await bash(backend, slot, has_network) == f"{expected}\n"

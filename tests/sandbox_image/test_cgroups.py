@@ -74,6 +74,30 @@ async def test_how_a_command_ends_whose_memory_is_used_up() -> None:
             assert await api.output("echo fine") == "fine\n"
 
 
+async def test_a_reset_lowers_the_limit_of_one_slot_until_the_next(usable: list[Hierarchy]) -> None:
+    version = next(hierarchy.version for hierarchy in usable if "memory" in hierarchy.controllers)
+    name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    with running("--memory-bytes", str(LIMITS.memory_bytes)) as server:
+        groups = [Path(line) for line in (server.data / "cgroups").read_text().split()]
+        [group] = [group for group in groups if (group / "slot_0" / name).exists()]
+        api = Api.over(server)
+        async with api.session:
+            for wanted, expected in ((100 << 20, 100 << 20), (64 << 20, 64 << 20), (1 << 40, 256 << 20), (None, 256 << 20)):
+                # What is in memory goes with the workspace, the running command with its box.
+                await api.output("head -c 30M /dev/zero > file; head -c 10M /dev/zero > /tmp/file")
+                state = await api.reset(network=False, memory_bytes=wanted)
+                assert state["memory_bytes"] == expected
+                assert (group / "slot_0" / name).read_text() == f"{expected}\n"
+                assert (group / "slot_1" / name).read_text() == f"{256 << 20}\n"
+                result = await api.bash("head -c 500M /dev/zero > file")
+                assert (result["metadata"]["oom_killed"], "No space left" in result["output"]) == (False, True)
+                assert await api.output("wc -c < file") == f"{expected // 2}\n"
+            _, health = await api.get("/health")
+            assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
+            for bad in (1 << 20, 0, -1, 1.5, "1G"):
+                assert (await api.post("/reset", {"slot_id": "slot_0", "memory_bytes": bad}))[0] == 400
+
+
 @pytest.mark.usefixtures("usable")
 async def test_processes_of_a_slot_are_counted_together() -> None:
     with running("--processes", "64") as server:
@@ -122,6 +146,13 @@ async def test_each_process_has_a_limit_where_no_groups_may_be_made() -> None:
             result = await api.bash("python3 -c 'data = b\"x\" * (400 << 20)'")
             assert "MemoryError" in result["output"]
             assert "oom_killed" not in result["metadata"]
+            hungry = "python3 -c 'data = b\"x\" * (150 << 20)'"
+            assert (await api.bash(hungry))["success"]
+            # As far as it can be kept, and it says how far.
+            assert (await api.reset(memory_bytes=100 << 20))["memory_bytes"] is None
+            assert "MemoryError" in (await api.bash(hungry))["output"]
+            await api.reset()
+            assert (await api.bash(hungry))["success"]
 
 
 def tree(directory: Path, *, enabled: str = "", members: str = "", limit: str = "max") -> Path:
@@ -170,6 +201,9 @@ def test_version_2_where_controllers_are_handed_on(tmp_path: Path) -> None:
     assert group.kills() == 2
     events.write_text("oom_kill 13\n")
     assert group.kills() == 13
+    (made / "slot_1/memory.current").write_text("64\n")
+    group.limit_memory(100)
+    assert contents(made / "slot_1") | {"memory.max": "100", "memory.swap.max": "0"} == contents(made / "slot_1")
     assert group.events is not None
     os.close(group.events)
 

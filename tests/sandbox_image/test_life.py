@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from sandbox_image.protocol import VERSION
 from sandbox_image.storage.datadir import DataDir
 from tests.sandbox_image.running import (
     Api,
@@ -162,7 +163,7 @@ async def test_it_stops_in_order_while_calls_run(marker: str, ending: signal.Sig
 async def test_tcp_and_unix_socket() -> None:
     with running("--port", "0", slots=1) as server:
         port = server.ready["port"]
-        assert server.ready == {"ready": True, "port": port, "unix_socket": server.socket, "version": 1}
+        assert server.ready == {"ready": True, "port": port, "unix_socket": server.socket, "version": VERSION}
         assert (await asyncio.to_thread(fetch, f"http://127.0.0.1:{port}/health"))["status"] == "ok"
         assert os.stat(server.socket).st_mode & 0o777 == 0o600
 

@@ -21,6 +21,8 @@ async def test_reset_gives_everything_anew(api: Api) -> None:
     await api.output("mkdir -p deep/er; echo x > deep/er/file; touch /tmp/file")
     old = api.lease
     state = await api.reset()
+    # That depends on whether there are control groups.
+    assert state.pop("memory_bytes") in (4 << 30, None)
     assert state == {"slot_id": "slot_0", "lease": api.lease, "state": "ready", "layer": None, "network": False}
     assert api.lease != old
     assert await api.output("ls -A . /tmp | wc -w") == "2\n", "the two names of the directories"
