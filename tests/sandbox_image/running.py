@@ -362,3 +362,15 @@ async def begins(api: Api, name: str = "begun") -> bool:
             return True
         await asyncio.sleep(0.01)
     return False
+
+
+async def all_started(api: Api, server: RunningServer) -> None:
+    """Wait until both slots of a server have a box that is used next, and a spare one that has been checked."""
+    for slot in ("slot_0", "slot_1"):
+        await Api(api.session, slot).reset()
+    open_files = f"/proc/{server.process.pid}/fd"
+    steady = 0
+    while steady < 10:
+        before = len(os.listdir(open_files))
+        await asyncio.sleep(0.02)
+        steady = steady + 1 if len(server.inits()) == 4 and len(os.listdir(open_files)) == before else 0
