@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.sandbox_image.running import Api, RunningServer, new_marker, running
+from tests.sandbox_image.running import Api, RunningServer, new_marker, open_directory, running
 from tests.support.users import ORDINARY_USER, USERS, drop, is_superfluous
 
 if shutil.which("bwrap") is None:
@@ -37,6 +38,13 @@ async def api(server: RunningServer) -> AsyncIterator[Api]:
     async with api.session:
         await api.reset()
         yield api
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty directory with a short path, for a server's socket and data; every user can pass it."""
+    with open_directory() as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def eventually(condition: Callable[[], object], seconds: float = PATIENCE_S) -> 
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.01)
+        time.sleep(0.02)
     return True
 
 

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, Hierarchy, remove_group, remove_recorded
 from sandbox_image.storage.datadir import DataDir
-from tests.sandbox_image.running import Api, eventually, launch, open_directory, running, server_command
+from tests.sandbox_image.running import Api, RunningServer, eventually, launch, open_directory, running, server_command
+from tests.support.waiting import PATIENCE_S
 
 LIMITS = GroupLimits(memory_bytes=256 * 1024**2, processes=64)
 
@@ -27,6 +29,16 @@ def usable() -> list[Hierarchy]:
     return found
 
 
+@pytest.fixture(scope="module")
+def limited(usable: list[Hierarchy]) -> Iterator[RunningServer]:
+    """A server with `LIMITS`, of which no group is left."""
+    with running("--memory-bytes", str(LIMITS.memory_bytes), "--processes", str(LIMITS.processes)) as server:
+        record = (server.data / "cgroups").read_text().split()
+        assert len(record) == len(usable)
+        yield server
+    assert left(record) == []
+
+
 def groups_of(pid: int) -> set[str]:
     """The groups of servers that a process is in."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
@@ -38,86 +50,99 @@ def left(record: list[str]) -> list[str]:
     return [name for name in record if Path(name).exists()]
 
 
-async def test_a_slot_is_in_its_group_and_the_group_goes_with_the_server(usable: list[Hierarchy]) -> None:
-    with running("--memory-bytes", str(LIMITS.memory_bytes), "--processes", "64") as server:
-        record = (server.data / "cgroups").read_text().split()
-        assert len(record) == len(usable)
-        assert {frozenset(groups_of(pid)) for pid in server.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
-        assert groups_of(server.process.pid) == set()
-        api = Api.over(server)
-        async with api.session:
-            _, health = await api.get("/health")
-            assert set(health["limits"]["cgroups"]) == {"memory", "pids", "cpu"}
-            assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
-            await api.reset()
-            assert {frozenset(groups_of(pid)) for pid in server.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
-    assert left(record) == []
+async def test_a_slot_is_in_its_group(limited: RunningServer) -> None:
+    assert {frozenset(groups_of(pid)) for pid in limited.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
+    assert groups_of(limited.process.pid) == set()
+    api = Api.over(limited)
+    async with api.session:
+        _, health = await api.get("/health")
+        assert set(health["limits"]["cgroups"]) == {"memory", "pids", "cpu"}
+        assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
+        await api.reset()
+        assert {frozenset(groups_of(pid)) for pid in limited.inits()} == {frozenset({"slot_0"}), frozenset({"slot_1"})}
 
 
-@pytest.mark.usefixtures("usable")
-async def test_how_a_command_ends_whose_memory_is_used_up() -> None:
-    with running("--memory-bytes", str(LIMITS.memory_bytes)) as server:
-        api = Api.over(server)
-        async with api.session:
-            result = await api.bash("exec python3 -c 'data = b\"x\" * (400 << 20)'")
-            assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, True)
-            result = await api.bash("python3 -c 'data = b\"x\" * (400 << 20)'; echo then")
-            assert (result["output"].splitlines()[-1], result["metadata"]["oom_killed"]) == ("then", True)
-            result = await api.bash("kill -9 $$")
-            assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, False)
-            together = "for _ in 1 2 3 4; do python3 -c 'import time; data = b\"x\" * (90 << 20); time.sleep(1)' & done; wait"
-            assert (await api.bash(together))["metadata"]["oom_killed"]
-            assert await Api(api.session, "slot_1").output("echo untouched") == "untouched\n"
-            fill = "for place in /tmp /dev/shm /run $HOME; do head -c 300M /dev/zero > $place/file; done; true"
-            result = await api.bash(fill)
-            assert (result["output"].count("No space left"), result["metadata"]["oom_killed"]) == (4, False)
-            assert await api.output("echo fine") == "fine\n"
+async def test_how_a_command_ends_whose_memory_is_used_up(limited: RunningServer) -> None:
+    api = Api.over(limited)
+    async with api.session:
+        await api.reset()
+        result = await api.bash("exec python3 -c 'data = b\"x\" * (400 << 20)'")
+        assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, True)
+        result = await api.bash("python3 -c 'data = b\"x\" * (400 << 20)'; echo then")
+        assert (result["output"].splitlines()[-1], result["metadata"]["oom_killed"]) == ("then", True)
+        result = await api.bash("kill -9 $$")
+        assert (result["metadata"]["exit_code"], result["metadata"]["oom_killed"]) == (137, False)
+        await api.tool(
+            "write_file", {"path": "hungry.py", "content": "import time\ndata = b'x' * (90 << 20)\ntime.sleep(1000)\n"}
+        )
+        together = "for _ in 1 2 3 4; do python3 hungry.py & done; wait -n; kill -9 $(jobs -p)"
+        assert (await api.bash(f"bash -c '{together}'"))["metadata"]["oom_killed"]
+        assert await Api(api.session, "slot_1").output("echo untouched") == "untouched\n"
+        fill = "for place in /tmp /dev/shm /run $HOME; do head -c 300M /dev/zero > $place/file; done; true"
+        result = await api.bash(fill)
+        assert (result["output"].count("No space left"), result["metadata"]["oom_killed"]) == (4, False)
+        assert await api.output("echo fine") == "fine\n"
 
 
-async def test_a_reset_lowers_the_limit_of_one_slot_until_the_next(usable: list[Hierarchy]) -> None:
+async def test_a_reset_lowers_the_limit_of_one_slot_until_the_next(limited: RunningServer, usable: list[Hierarchy]) -> None:
     version = next(hierarchy.version for hierarchy in usable if "memory" in hierarchy.controllers)
     name = "memory.limit_in_bytes" if version == 1 else "memory.max"
-    with running("--memory-bytes", str(LIMITS.memory_bytes)) as server:
-        groups = [Path(line) for line in (server.data / "cgroups").read_text().split()]
-        [group] = [group for group in groups if (group / "slot_0" / name).exists()]
-        api = Api.over(server)
-        async with api.session:
-            for wanted, expected in ((100 << 20, 100 << 20), (64 << 20, 64 << 20), (1 << 40, 256 << 20), (None, 256 << 20)):
-                # What is in memory goes with the workspace, the running command with its box.
-                await api.output("head -c 30M /dev/zero > file; head -c 10M /dev/zero > /tmp/file")
-                state = await api.reset(network=False, memory_bytes=wanted)
-                assert state["memory_bytes"] == expected
-                assert (group / "slot_0" / name).read_text() == f"{expected}\n"
-                assert (group / "slot_1" / name).read_text() == f"{256 << 20}\n"
-                result = await api.bash("head -c 500M /dev/zero > file")
-                assert (result["metadata"]["oom_killed"], "No space left" in result["output"]) == (False, True)
-                assert await api.output("wc -c < file") == f"{expected // 2}\n"
-            _, health = await api.get("/health")
-            assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
-            for bad in (1 << 20, 0, -1, 1.5, "1G"):
-                assert (await api.post("/reset", {"slot_id": "slot_0", "memory_bytes": bad}))[0] == 400
+    groups = [Path(line) for line in (limited.data / "cgroups").read_text().split()]
+    [group] = [group for group in groups if (group / "slot_0" / name).exists()]
+    api = Api.over(limited)
+    async with api.session:
+        for wanted, expected in ((100 << 20, 100 << 20), (64 << 20, 64 << 20), (1 << 40, 256 << 20), (None, 256 << 20)):
+            # What is in memory goes with the workspace, the running command with its box.
+            await api.output("head -c 30M /dev/zero > file; head -c 10M /dev/zero > /tmp/file")
+            state = await api.reset(network=False, memory_bytes=wanted)
+            assert state["memory_bytes"] == expected
+            assert (group / "slot_0" / name).read_text() == f"{expected}\n"
+            assert (group / "slot_1" / name).read_text() == f"{256 << 20}\n"
+            result = await api.bash("head -c 500M /dev/zero > file")
+            assert (result["metadata"]["oom_killed"], "No space left" in result["output"]) == (False, True)
+            assert await api.output("wc -c < file") == f"{expected // 2}\n"
+        _, health = await api.get("/health")
+        assert health["limits"]["memory_bytes"] == LIMITS.memory_bytes
+        for bad in (1 << 20, 0, -1, 1.5, "1G"):
+            assert (await api.post("/reset", {"slot_id": "slot_0", "memory_bytes": bad}))[0] == 400
+
+
+async def test_processes_of_a_slot_are_counted_together(limited: RunningServer) -> None:
+    api = Api.over(limited)
+    async with api.session:
+        await api.reset()
+        source = """
+            import os, time
+            count = 0
+            try:
+                while True:
+                    if os.fork() == 0:
+                        time.sleep(1000)
+                        os._exit(0)
+                    count += 1
+            except BlockingIOError:
+                print(40 < count < 64)
+        """
+        await api.tool("write_file", {"path": "bomb.py", "content": textwrap.dedent(source)})
+        assert await api.output("python3 bomb.py") == "True\n"
+        assert await api.output("echo again") == "again\n"
 
 
 @pytest.mark.usefixtures("usable")
-async def test_processes_of_a_slot_are_counted_together() -> None:
-    with running("--processes", "64") as server:
+async def test_a_storm_of_processes_where_processors_are_scarce() -> None:
+    """A thousand processes that fork without end share a fifth of a processor; the command ends as any whose time is over."""
+    with running(slots=1) as server:
+        groups = [Path(line) / "slot_0" for line in (server.data / "cgroups").read_text().split()]
+        for group in groups:
+            if (group / "cpu.cfs_quota_us").exists():
+                (group / "cpu.cfs_quota_us").write_text("20000")
+            elif (group / "cpu.max").exists():
+                (group / "cpu.max").write_text("20000 100000")
         api = Api.over(server)
         async with api.session:
-            source = """
-                import os, time
-                count = 0
-                try:
-                    while True:
-                        if os.fork() == 0:
-                            time.sleep(60)
-                            os._exit(0)
-                        count += 1
-                except BlockingIOError:
-                    print(40 < count < 64)
-            """
-            await api.tool("write_file", {"path": "bomb.py", "content": textwrap.dedent(source)})
-            assert await api.output("python3 bomb.py") == "True\n"
-            assert await api.output("echo again") == "again\n"
+            result = await api.bash("f() { f | f & }; f; sleep 1000", timeout=0.5)
+            assert result["metadata"]["timeout"] or not result["success"] or result["output"]
+            assert await api.output("echo well") == "well\n"
 
 
 @pytest.mark.usefixtures("usable")
@@ -247,5 +272,5 @@ def test_what_runs_in_a_group_of_version_2_is_ended_with_it() -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
         (group / "slot_0/cgroup.procs").write_text(str(process.pid))
         remove_group(group)
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
     assert eventually(lambda: not group.exists())

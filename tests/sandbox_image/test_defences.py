@@ -17,6 +17,7 @@ from sandbox_image.errors import MissingDefenceError
 from sandbox_image.kernel.cgroups import ControlGroups, GroupLimits, SlotGroup
 from sandbox_image.kernel.shared_trees import SharedTrees
 from tests.sandbox_image.running import Api, RunningServer, as_other_user, environment, open_directory, running, server_command
+from tests.support.waiting import PATIENCE_S
 
 CONTROL_GROUPS = {"memory_limit", "process_count_limit", "processor_shares"}
 FACTS = {
@@ -102,7 +103,7 @@ async def test_health_says_that_isolation_was_given_up() -> None:
 def refusal(directory: Path, prefix: list[str], *options: str) -> str:
     """What a server says that does not start."""
     command = [*prefix, *server_command(directory, *options, slots=1)]
-    ended = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
     assert not (directory / "data").exists()
     return ended.stderr
@@ -115,19 +116,19 @@ def test_a_required_defence_that_is_missing_stops_the_server() -> None:
     assert "remedy: run the server as root" in said
 
 
-def test_a_disk_without_limit_stops_the_server_that_requires_one(tmp_path: Path) -> None:
-    said = refusal(tmp_path, [sys.executable], "--workspaces-on-disk", "--require", "disk_limit")
+def test_a_disk_without_limit_stops_the_server_that_requires_one(short_path: Path) -> None:
+    said = refusal(short_path, [sys.executable], "--workspaces-on-disk", "--require", "disk_limit")
     assert "the defence disk_limit is missing" in said
 
 
-def test_a_machine_without_a_filter_stops_the_server(tmp_path: Path) -> None:
+def test_a_machine_without_a_filter_stops_the_server(short_path: Path) -> None:
     """A kernel that says it is of an architecture for which there is no table."""
-    said = refusal(tmp_path, ["setarch", "i686", sys.executable])
+    said = refusal(short_path, ["setarch", "i686", sys.executable])
     assert "the defence seccomp is missing: Seccomp 0; remedy: run on x86_64 or aarch64" in said
 
 
 def test_what_is_no_defence_cannot_be_required(tmp_path: Path) -> None:
     command = [sys.executable, *server_command(tmp_path, "--require", "luck")]
-    ended = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 2
     assert "invalid choice: 'luck'" in ended.stderr

@@ -14,6 +14,7 @@ import pytest
 
 from sandbox_image import compile_init, init
 from sandbox_image.kernel import linux
+from tests.support.waiting import PATIENCE_S
 
 LIMITS = "4:0,7:4096"
 
@@ -23,7 +24,7 @@ class Talk:
 
     def __init__(self, directory: Path, compiled: bool) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control.settimeout(20)
+        self.control.settimeout(PATIENCE_S)
         self.output, their_output = os.pipe()
         box = [
             "bwrap",
@@ -93,7 +94,7 @@ def talk(compiled: bool, tmp_path: Path) -> Iterator[Talk]:
     talk = Talk(tmp_path, compiled)
     yield talk
     talk.control.close()
-    talk.process.wait(20)
+    talk.process.wait(PATIENCE_S)
     os.close(talk.output)
 
 

@@ -28,11 +28,14 @@ from tests.sandbox_image.running import (
     eventually,
     launch,
     open_directory,
+    refusals,
     running,
     server_command,
     someone_runs,
     without_the_right_to_mount,
 )
+from tests.support.users import USERS
+from tests.support.waiting import PATIENCE_S
 
 BUSY = "setsid sleep {marker} & sleep {marker}"
 NASTY = (
@@ -58,12 +61,6 @@ async def make_busy(server: RunningServer, marker: str) -> None:
         assert eventually(lambda: someone_runs(f"sleep {marker}"))
 
 
-@pytest.fixture
-def marker() -> str:
-    """A duration that nobody else sleeps for."""
-    return f"{os.getpid()}.{int.from_bytes(os.urandom(4), 'big')}"
-
-
 def start_parent(command: list[str]) -> subprocess.Popen[bytes]:
     """A process that starts a server."""
     return subprocess.Popen(command, cwd="/", env=environment(), stdout=subprocess.PIPE)
@@ -71,11 +68,11 @@ def start_parent(command: list[str]) -> subprocess.Popen[bytes]:
 
 def fetch(url: str) -> dict[str, Any]:
     """GET over TCP."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
         return dict(json.load(answer))
 
 
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+@pytest.mark.parametrize("other_user", [False, True], ids=USERS)
 async def test_it_dies_with_its_parent(marker: str, other_user: bool) -> None:
     """The parent is killed without a chance to say goodbye; it had made the directory for the server's data and socket."""
     with open_directory(other_user=other_user) as directory:
@@ -118,7 +115,7 @@ async def test_it_dies_with_its_parent(marker: str, other_user: bool) -> None:
         assert not home.exists()
 
 
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+@pytest.mark.parametrize("other_user", [False, True], ids=USERS)
 async def test_boxes_die_with_a_killed_server_and_the_next_one_cleans_up(marker: str, other_user: bool) -> None:
     with open_directory(other_user=other_user) as directory:
         prefix = as_other_user(directory) if other_user else [sys.executable]
@@ -155,7 +152,7 @@ async def test_it_stops_in_order_while_calls_run(marker: str, ending: signal.Sig
         await make_busy(server, marker)
         below = server.processes()
         server.process.send_signal(ending)
-        assert server.process.wait(15) == 0
+        assert server.process.wait(PATIENCE_S) == 0
         assert not [pid for pid in below if alive(pid)]
         assert "socket" not in os.listdir(server.directory)
 
@@ -172,7 +169,7 @@ def refusal(directory: Path, *options: str, prefix: list[str] | None = None, **c
     """What a server says that ends at once."""
     command = [*(prefix or [sys.executable]), *server_command(directory, *options)]
     ended = subprocess.run(
-        command, cwd="/", env={**environment(), **changes}, capture_output=True, text=True, timeout=60, check=False
+        command, cwd="/", env={**environment(), **changes}, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.count("\n") == 1, ended.stderr
@@ -180,32 +177,35 @@ def refusal(directory: Path, *options: str, prefix: list[str] | None = None, **c
     return ended.stderr
 
 
-def test_refusals(tmp_path: Path) -> None:
-    assert "no such file" in refusal(tmp_path, "--read-only", "/nowhere")
-    assert "absolute" in refusal(tmp_path, "--read-only", "nowhere")
-    for path in ("/", "/proc/self", "/workspace/x", "/etc"):
-        assert "boxes have their own" in refusal(tmp_path, "--read-only", path)
-    assert "--token-file" in refusal(tmp_path, "--token-file", str(tmp_path / "none"))
-    (tmp_path / "token").write_text("\n")
-    assert "empty" in refusal(tmp_path, "--token-file", str(tmp_path / "token"))
-    assert "cannot listen" in refusal(tmp_path, "--port", "0", "--host", "192.0.2.1")
-    assert "cannot listen" in refusal(tmp_path, "--unix-socket", str(tmp_path / "no" / "directory"))
-    assert not (tmp_path / "data").exists()
-    (tmp_path / "data" / "slots").mkdir(parents=True)
-    (tmp_path / "data" / "slots" / "precious").touch()
-    assert "not a slot server's" in refusal(tmp_path)
-    assert (tmp_path / "data" / "slots" / "precious").exists()
-    (tmp_path / "file").touch()
-    assert "--data-dir" in refusal(tmp_path, "--data-dir", str(tmp_path / "file"))
+def test_refusals(short_path: Path) -> None:
+    (short_path / "token").write_text("\n")
+    (short_path / "foreign" / "slots").mkdir(parents=True)
+    (short_path / "foreign" / "slots" / "precious").touch()
+    (short_path / "file").touch()
+    cases = {
+        ("--read-only", "/nowhere"): "no such file",
+        ("--read-only", "nowhere"): "absolute",
+        **{("--read-only", path): "boxes have their own" for path in ("/", "/proc/self", "/workspace/x", "/etc")},
+        ("--token-file", str(short_path / "none")): "--token-file",
+        ("--token-file", str(short_path / "token")): "empty",
+        ("--port", "0", "--host", "192.0.2.1"): "cannot listen",
+        ("--unix-socket", str(short_path / "no" / "directory")): "cannot listen",
+        ("--data-dir", str(short_path / "foreign")): "not a slot server's",
+        ("--data-dir", str(short_path / "file")): "--data-dir",
+    }
+    said = refusals(short_path, *cases)
+    assert [reason for reason, text in zip(cases.values(), said, strict=True) if reason not in text] == []
+    assert not (short_path / "data").exists()
+    assert (short_path / "foreign" / "slots" / "precious").exists()
 
 
-def test_a_data_directory_belongs_to_one_server(tmp_path: Path) -> None:
+def test_a_data_directory_belongs_to_one_server(short_path: Path) -> None:
     with running(slots=1) as server:
-        assert "another slot server" in refusal(tmp_path, "--data-dir", str(server.data))
+        assert "another slot server" in refusal(short_path, "--data-dir", str(server.data))
 
 
-def test_no_bubblewrap_no_server(tmp_path: Path) -> None:
-    said = refusal(tmp_path, PATH=str(tmp_path))
+def test_no_bubblewrap_no_server(short_path: Path) -> None:
+    said = refusal(short_path, PATH=str(short_path))
     assert "bubblewrap is not installed" in said
     assert "apt-get install bubblewrap" in said
     assert "--isolation none" in said
@@ -231,31 +231,31 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_bubblewrap_that_cannot_make_a_box_is_not_worked_around(tmp_path: Path) -> None:
+def test_bubblewrap_that_cannot_make_a_box_is_not_worked_around(short_path: Path) -> None:
     """There are no user namespaces: this is what a container or a hardened kernel does to bubblewrap."""
     if os.geteuid() != 0:
         pytest.skip("taking user namespaces away needs root")
-    said = refusal(tmp_path, prefix=[sys.executable, "-c", WITHOUT_NAMESPACES, sys.executable])
+    said = refusal(short_path, prefix=[sys.executable, "-c", WITHOUT_NAMESPACES, sys.executable])
     assert "Creating new namespace failed" in said
     assert "bubblewrap needs user namespaces" in said
     assert "seccomp=unconfined" in said
-    assert not (tmp_path / "data").exists()
+    assert not (short_path / "data").exists()
 
 
-def test_root_of_a_namespace_with_one_user(tmp_path: Path) -> None:
-    said = refusal(tmp_path, prefix=["unshare", "--user", "--map-root-user", "--mount", sys.executable])
+def test_root_of_a_namespace_with_one_user(short_path: Path) -> None:
+    said = refusal(short_path, prefix=["unshare", "--user", "--map-root-user", "--mount", sys.executable])
     assert "be an ordinary user" in said
 
 
-def test_a_tree_that_slots_cannot_reach(tmp_path: Path) -> None:
+def test_a_tree_that_slots_cannot_reach(short_path: Path) -> None:
     """Root without the right to mount: everything must be reachable by path."""
     if os.geteuid() != 0:
         pytest.skip("needs root that gives up a capability")
-    closed = tmp_path / "closed"
+    closed = short_path / "closed"
     (closed / "tree").mkdir(parents=True)
     closed.chmod(0o700)
     prefix = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable]
-    said = refusal(tmp_path, "--read-only", str(closed / "tree"), prefix=prefix)
+    said = refusal(short_path, "--read-only", str(closed / "tree"), prefix=prefix)
     assert "cannot reach" in said
 
 
@@ -266,7 +266,7 @@ async def test_root_without_the_right_to_mount() -> None:
             assert await api.output("id -u") == "60000\n"
 
 
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+@pytest.mark.parametrize("other_user", [False, True], ids=USERS)
 async def test_no_isolation_is_asked_for_by_name(marker: str, other_user: bool) -> None:
     with running("--isolation", "none", slots=2, other_user=other_user) as server:
         api = Api.over(server)
@@ -278,7 +278,7 @@ async def test_no_isolation_is_asked_for_by_name(marker: str, other_user: bool) 
             assert (result["success"], result["metadata"]["sandboxed"], output) == (True, False, "out")
             assert uid != "0"
             assert where.endswith("/workspace")
-            await api.output(f"setsid sleep {marker} & (sleep {marker} &) ; sleep {marker} & sleep 0.1")
+            await api.output(f"setsid sleep {marker} & (sleep {marker} &) ; sleep {marker} &")
             assert not someone_runs(marker)
             assert (await api.bash(f"setsid sleep {marker} & sleep {marker}", timeout=0.3))["metadata"]["timeout"]
             assert not someone_runs(marker)

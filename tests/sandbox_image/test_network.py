@@ -16,6 +16,8 @@ from sandbox_image.box.network import Destination, NetworkPolicy, is_outside
 from sandbox_image.box.proxy import MAX_HEADER_BYTES, BoxProxy
 from tests.sandbox_image.running import Api, running, server_command
 from tests.support.small_task import git
+from tests.support.users import USERS
+from tests.support.waiting import PATIENCE_S
 from tests.support.web_site import ADDRESS, site
 
 
@@ -127,7 +129,7 @@ async def say(port: int, text: bytes, *, half_close: bool = True) -> bytes:
         writer.write(text)
         if half_close:
             writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while chunk := await reader.read(1000):
                 answer += chunk
     except ConnectionError:
@@ -206,7 +208,7 @@ async def test_a_connection_on_which_nothing_moves_ends(far: Far) -> None:
     proxy, port = await open_proxy(NetworkPolicy((Destination(ADDRESS, None),)), idle_timeout_s=0.2)
     tunnel = b"CONNECT %s:%d HTTP/1.1\r\n\r\n" % (ADDRESS.encode(), far.port)
     assert (await say(port, tunnel, half_close=False)).endswith(b"seen ")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await far.gone.wait()
     proxy.close()
 
@@ -218,14 +220,14 @@ async def test_connections_end_with_the_proxy(far: Far) -> None:
     writer.write(tunnel)
     assert await reader.readuntil(b"seen ")
     proxy.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await far.gone.wait()
     writer.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
+@pytest.mark.parametrize("other_user", [False, True], ids=USERS)
 async def test_programs_in_a_box(tmp_path: Path, other_user: bool) -> None:
     work = tmp_path / "work"
     work.mkdir()

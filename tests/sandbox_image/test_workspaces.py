@@ -6,13 +6,14 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from sandbox_image.storage.storage import MAX_CHAIN
-from tests.sandbox_image.running import Api, RunningServer, eventually, on_overlay, running, without_the_right_to_mount
+from tests.sandbox_image.running import Api, RunningServer, becomes, begins, on_overlay, running, without_the_right_to_mount
+from tests.support.waiting import PATIENCE_S
 
 Within = Callable[[Path], list[str]]
 WAYS: dict[str, tuple[list[str], Within | None, dict[str, str]]] = {
@@ -44,10 +45,10 @@ async def freeze(api: Api, name: str, *commands: str, layer: str | None = None, 
 
 async def layers_become(api: Api, names: list[str]) -> bool:
     """Whether there are these layers soon: a slot leaves one when the box that saw it is dead."""
-    for _ in range(100):
+    for _ in range(int(PATIENCE_S / 0.02)):
         if (await api.get("/layers"))[1]["layers"] == names:
             return True
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
     return False
 
 
@@ -106,19 +107,25 @@ async def test_deletions_survive_in_layers_upon_layers(server: RunningServer, wa
     options, within, expected = WAYS[way]
     if within is not None and _is_other(server):
         pytest.skip("a matter of root")
-    with running(*options, other_user=_is_other(server), within=within) as own:
+    name = secrets.token_hex(4)
+    with ExitStack() as stack:
+        # "In memory" is what every server does that is not told otherwise.
+        own = server
+        if options or within is not None:
+            own = stack.enter_context(running(*options, other_user=_is_other(server), within=within))
         api = Api.over(own)
         async with api.session:
             limits = (await api.get("/health"))[1]["limits"]
             assert {name: limits[name] for name in expected} == expected
             assert ("layers_are_copied_because" in limits) == (limits["layers"] == "copy")
             assert ("workspaces_are_unlimited_because" in limits) == (limits["workspaces"] == "disk")
-            await freeze(api, "base", BASE, for_layer=for_layer)
-            await freeze(api, "derived", DERIVED, layer="base", for_layer=for_layer)
-            await freeze(api, "top", "rm -r kept; mkdir kept; echo top > kept/file", layer="derived", for_layer=for_layer)
+            base, derived, top, fork = (f"{name}-{kind}" for kind in ("base", "derived", "top", "fork"))
+            await freeze(api, base, BASE, for_layer=for_layer)
+            await freeze(api, derived, DERIVED, layer=base, for_layer=for_layer)
+            await freeze(api, top, "rm -r kept; mkdir kept; echo top > kept/file", layer=derived, for_layer=for_layer)
             other = Api(api.session, "slot_1")
             for reader in (api, other):
-                await reader.reset(layer="derived")
+                await reader.reset(layer=derived)
                 assert await shown(reader) == MERGED
                 assert (
                     await reader.output("stat -c '%a %u' kept/file; id -u | sed 's/^/640 /'")
@@ -126,14 +133,14 @@ async def test_deletions_survive_in_layers_upon_layers(server: RunningServer, wa
                 )
                 # Nothing that a slot does reaches a layer.
                 await reader.output("rm -rf kept replaced; echo spoilt | tee changed replaced > moved")
-                await reader.reset(layer="top")
+                await reader.reset(layer=top)
                 assert await shown(reader) == MERGED.replace("kept/deep|", "").replace("kept/file base", "kept/file top")
-                await reader.reset(layer="base")
+                await reader.reset(layer=base)
                 assert (await shown(reader)).startswith("changed base|gone|")
             # And a fork of a slot that goes on.
             await other.output("rm -r gone; echo forked > forked")
-            assert (await other.post("/layers", {"slot_id": "slot_1", "name": "fork", "snapshot": True}))[0] == 200
-            await api.reset(layer="fork")
+            assert (await other.post("/layers", {"slot_id": "slot_1", "name": fork, "snapshot": True}))[0] == 200
+            await api.reset(layer=fork)
             assert await shown(api) == await shown(other)
             assert await api.output("find . ! -user $(id -u)") == ""
 
@@ -223,8 +230,8 @@ async def test_snapshots_fork_a_slot_that_goes_on(api: Api) -> None:
 
 async def test_a_snapshot_waits_for_the_running_call(api: Api) -> None:
     name = secrets.token_hex(4)
-    call = asyncio.create_task(api.output("echo half > file; sleep 0.5; echo whole > file"))
-    await asyncio.sleep(0.2)
+    call = asyncio.create_task(api.output("echo half > file; touch begun; sleep 0.3; echo whole > file"))
+    assert await begins(api)
     status, _ = await api.post("/layers", {"slot_id": api.slot, "name": name, "snapshot": True})
     assert status == 200
     await call
@@ -288,5 +295,5 @@ async def test_layers_that_nobody_uses_go_when_there_is_no_room(server: RunningS
             await freeze(api, "f", "head -c 3M /dev/urandom > f")
             assert await layers_become(api, ["f"])
             # Beside it the empty one.
-            assert await asyncio.to_thread(eventually, lambda: len(os.listdir(own.data / "layers")) == 2)
-            assert await asyncio.to_thread(eventually, lambda: not os.listdir(own.data / "trash"))
+            assert await becomes(lambda: len(os.listdir(own.data / "layers")) == 2)
+            assert await becomes(lambda: not os.listdir(own.data / "trash"))

@@ -9,6 +9,7 @@ from dataclasses import field as dataclass_field
 from typing import Any, Protocol
 
 from tests.security.field import Field
+from tests.support.waiting import PATIENCE_S
 
 _END = "END-OF-ATTACK"
 BREACH = "BREACH"
@@ -67,12 +68,16 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack has led to: all that was printed or answered, how long it took, and the field it happened on."""
+    """What an attack has led to: what was printed or answered, how long it took, and the field it happened on.
+
+    `expired` says that somebody had to end it who waited for it.
+    """
 
     text: str
     exit_code: int | None
     seconds: float
     field: Field = dataclass_field(repr=False)
+    expired: bool = False
 
 
 Predicate = Callable[[Outcome], bool]
@@ -103,9 +108,14 @@ def kills(outcome: Outcome) -> bool:
     return not outcome.field.canary_runs()
 
 
+def hangs(outcome: Outcome) -> bool:
+    """There was no answer."""
+    return outcome.expired
+
+
 def takes(seconds: float) -> Predicate:
-    """The answer came late."""
-    return lambda outcome: outcome.seconds >= seconds
+    """The answer came late, or not at all."""
+    return lambda outcome: outcome.expired or outcome.seconds >= seconds
 
 
 class Site(Protocol):
@@ -128,7 +138,9 @@ class Attack:
     control: Site
     succeeded: Predicate = breach
     ask: Ask | None = None
-    timeout_s: float = 10.0
-    """How long the script may run; the server ends it then, and the control as well."""
+    timeout_s: float = PATIENCE_S
+    """How long the script may run; the server ends it then, and the control as well unless that has less time."""
+    control_s: float | None = None
+    """How long the control may run, of an attack that works if it has not ended by then."""
     as_user: bool = True
     """Whether to run it against a server of an ordinary user as well, where something could be different."""

@@ -25,10 +25,6 @@ _KEYCTL = {"x86_64": 250, "aarch64": 219}
 _JOIN_SESSION_KEYRING = 1
 
 
-USERS = ("own user", "ordinary user")
-"""Whose server a field has."""
-
-
 class Listener:
     """Tells a secret to whoever connects."""
 

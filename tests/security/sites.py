@@ -6,10 +6,12 @@ import asyncio
 import base64
 import json
 import os
+import secrets
 import shutil
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +21,7 @@ from tests.sandbox_image.running import Api
 from tests.security import naive
 from tests.security.attack import Ask, Attack, Outcome
 from tests.security.field import Field, become
+from tests.support.waiting import PATIENCE_S
 
 _ARGUMENTS = {
     **dict.fromkeys(
@@ -32,10 +35,11 @@ _FILTER_FD = "9"
 
 async def _run(command: list[str], attack: Attack, field: Field, environment: dict[str, str]) -> Outcome:
     start = time.monotonic()
+    token = secrets.token_hex(16)
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd="/",
-        env=environment,
+        env={**environment, "ATTACK": token},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -49,12 +53,20 @@ async def _run(command: list[str], attack: Attack, field: Field, environment: di
         while chunk := await process.stdout.read(65536):
             output.extend(chunk)
 
-    try:
-        await asyncio.wait_for(asyncio.gather(collect(), process.wait()), attack.timeout_s)
-    except TimeoutError:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-    return Outcome(output.decode(errors="replace"), process.returncode, time.monotonic() - start, field)
+    ending = asyncio.gather(collect(), process.wait())
+    done, _ = await asyncio.wait([ending], timeout=attack.control_s or attack.timeout_s)
+    if not done:
+        _kill_all(token)
+        await ending
+    return Outcome(output.decode(errors="replace"), process.returncode, time.monotonic() - start, field, expired=not done)
+
+
+def _kill_all(token: str) -> None:
+    """Kill the processes with this in their environment, wherever they have gone."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if token.encode() in Path(f"/proc/{name}/environ").read_bytes():
+                os.kill(int(name), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -79,13 +91,18 @@ async def strike_over(api: Api, attack: Attack, field: Field, variables: Mapping
     """Run an attack in a slot as it is."""
     start = time.monotonic()
     call = {"slot_id": api.slot, "tool": "bash", "args": {"command": attack.script, "env": {**field.variables(), **variables}}}
-    status, result = await api.post("/execute", {**call, "timeout": attack.timeout_s})
-    text, exit_code = json.dumps(result, ensure_ascii=False), None
-    if status == 200:
-        text, exit_code = result["output"], result["metadata"].get("exit_code")
-    if attack.ask is not None:
-        text += await _ask(api, attack.ask, field)
-    return Outcome(text, exit_code, time.monotonic() - start, field)
+    text, exit_code, expired = "", None, False
+    try:
+        async with asyncio.timeout(attack.timeout_s + PATIENCE_S):
+            status, result = await api.post("/execute", {**call, "timeout": attack.timeout_s})
+            text = json.dumps(result, ensure_ascii=False)
+            if status == 200:
+                text, exit_code = result["output"], result["metadata"].get("exit_code")
+            if attack.ask is not None:
+                text += await _ask(api, attack.ask, field)
+    except TimeoutError:
+        expired = True
+    return Outcome(text, exit_code, time.monotonic() - start, field, expired)
 
 
 async def _ask(api: Api, ask: Ask, field: Field) -> str:
@@ -159,7 +176,8 @@ class Outside:
             field,
             variables,
         )
-        return Outcome(outcome.text + asked.text, asked.exit_code, outcome.seconds + asked.seconds, field)
+        expired = outcome.expired or asked.expired
+        return Outcome(outcome.text + asked.text, asked.exit_code, outcome.seconds + asked.seconds, field, expired)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.sandbox_image.running import Api, eventually
+from tests.sandbox_image.running import Api, begins, eventually
 from tests.security.attack import Attack, python, takes
-from tests.security.field import USERS, Field, field_of
+from tests.security.field import Field, field_of
 from tests.security.sites import BoxWithout, Outside
 from tests.security.table import each, hold, still_works
+from tests.support.users import ORDINARY_USER, USERS
+from tests.support.waiting import PATIENCE_S
 
 PROCESSES = 300
 
@@ -20,7 +21,7 @@ PROCESSES = 300
 @pytest.fixture(scope="module", params=USERS)
 def field(request: pytest.FixtureRequest) -> Iterator[Field]:
     """A server whose slots have few processes."""
-    with field_of("--processes", str(PROCESSES), other_user=request.param == USERS[1]) as field:
+    with field_of("--processes", str(PROCESSES), other_user=request.param == ORDINARY_USER) as field:
         yield field
 
 
@@ -46,7 +47,7 @@ def daemon(seconds, work):
 
 ATTACKS = [
     Attack(
-        "standard output kept open", "delays the answer for ever", "sleep 1.5 & echo done", Outside(), takes(1.4), timeout_s=8
+        "standard output kept open", "delays the answer for ever", "sleep 9 & echo done", Outside(), takes(8), control_s=0.5
     ),
     Attack(
         "standard output kept open by a daemon",
@@ -54,13 +55,13 @@ ATTACKS = [
         python("""
         if os.fork() == 0:
             os.setsid()
-            time.sleep(1.5)
+            time.sleep(9)
             os._exit(0)
         judge(False)
         """),
         Outside(),
-        takes(1.4),
-        timeout_s=8,
+        takes(8),
+        control_s=0.5,
     ),
 ]
 
@@ -73,17 +74,15 @@ async def test_attack(field: Field, attack: Attack) -> None:
 async def outlived(api: Api, command: str) -> bool:
     """Whether what a command has started goes on afterwards: it touches `alive` again and again."""
     await api.bash(command)
-    await api.output("rm -f alive")
-    await asyncio.sleep(0.15)
-    return (await api.bash("test -e alive"))["success"]
+    return (await api.bash("rm -f alive; sleep 0.1; test -e alive"))["success"]
 
 
 async def outlives_outside(field: Field, command: str) -> bool:
     place = field.new_directory(None)
     place.chmod(0o777)
-    await Outside(directory=place).strike(Attack("", "", command, Outside(), timeout_s=0.8), field)
+    await Outside(directory=place).strike(Attack("", "", command, Outside(), control_s=0.5), field)
     (place / "alive").unlink(missing_ok=True)
-    return await asyncio.to_thread(eventually, (place / "alive").exists, 3.0)
+    return await asyncio.to_thread(eventually, (place / "alive").exists, 10.0)
 
 
 TOUCH = "open('alive', 'w').close(); time.sleep(0.02)"
@@ -149,7 +148,7 @@ async def test_outliving_a_trajectory(field: Field) -> None:
         for way in ("&", "& disown", "& trap '' HUP TERM INT"):
             await api.reset()
             job = f"setsid sh -c 'while :; do touch $HOME/alive /workspace/alive; sleep 0.02; done' > /dev/null 2>&1 {way}"
-            await api.tool("bash_stateful", {"command": job}, timeout=5)
+            await api.tool("bash_stateful", {"command": job}, timeout=PATIENCE_S)
             # The control: the next call, of either tool, finds it running.
             assert (await api.bash("rm -f alive; sleep 0.15; test -e alive"))["success"]
             processes = await api.output("echo /proc/[0-9]* | wc -w")
@@ -163,20 +162,19 @@ async def test_a_command_that_does_not_want_to_end(field: Field) -> None:
     """A polite request to end is ignored; being killed is not a choice."""
     stubborn = "trap '' TERM INT HUP QUIT PIPE ALRM; while :; do sleep 0.05; done"
     control = await asyncio.create_subprocess_exec("sh", "-c", stubborn, start_new_session=True)
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     control.terminate()
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     assert control.returncode is None
     control.kill()
     await control.wait()
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
+        # If one of them were not killed, its box would be, and the call would fail.
         for command in (stubborn, f"({stubborn}) & kill -STOP $$", "exec 0<&- 1>&- 2>&-; while :; do :; done"):
-            start = time.monotonic()
             result = await api.bash(command, timeout=0.3)
             assert (result["metadata"]["timeout"], result["success"]) == (True, False)
-            assert time.monotonic() - start < 4
         assert int(await api.output("echo /proc/[0-9]* | wc -w")) < 6
 
 
@@ -201,7 +199,7 @@ FORK = python(
 async def test_too_many_processes(field: Field) -> None:
     """A fork bomb ends at the limit of its own slot, and the other slot does not notice."""
     bound = PROCESSES + 50
-    attack = Attack("a fork bomb", "takes all processes", f"export BOUND={bound}; {FORK}", Outside(), timeout_s=20)
+    attack = Attack("a fork bomb", "takes all processes", f"export BOUND={bound}; {FORK}", Outside())
     control = await Outside().strike(attack, field)
     assert "BREACH" in control.text
     one, two = Api.over(field.server), Api.over(field.server)
@@ -210,8 +208,8 @@ async def test_too_many_processes(field: Field) -> None:
         await one.reset()
         await two.reset()
         assert (await one.get("/health"))[1]["limits"]["rlimit_nproc"] < bound
-        bomb = asyncio.create_task(one.bash("f() { f | f & }; f; f; f; while :; do sleep 1; done", timeout=1.0))
-        await asyncio.sleep(0.4)
+        bomb = asyncio.create_task(one.bash("touch begun; f() { f | f & }; f; f; f; while :; do sleep 1; done", timeout=0.8))
+        assert await begins(one)
         assert await two.output("echo fine; (sleep 0 & wait); ls | wc -l") == "fine\n0\n"
         # A shell that cannot fork may give up before its time is over.
         assert not (await bomb)["success"]
@@ -223,7 +221,7 @@ async def test_too_many_processes(field: Field) -> None:
 
 async def test_zombies_do_not_pile_up(field: Field) -> None:
     """Dead children that nobody waits for count as processes; PID 1 has to take them."""
-    orphans = "for i in $(seq 200); do (sh -c : &) ; done; sleep 0.3; "
+    orphans = "for i in $(seq 120); do (sh -c : &) ; done; sleep 0.2; "
     count = "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l"
     # The control: a PID 1 that does not care.
     careless = BoxWithout(added=("--as-pid-1",))
@@ -233,11 +231,11 @@ async def test_zombies_do_not_pile_up(field: Field) -> None:
             subprocess.run(["sh", "-c", {orphans!r}])
             print(subprocess.run(["sh", "-c", {count!r}], capture_output=True, text=True).stdout)
             """), careless), field)  # fmt: skip
-    assert int(control.text) > 100
+    assert int(control.text) > 60
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        for _ in range(3):
-            assert int((await api.output(orphans + count)).split()[-1]) < 20
+        for _ in range(2):
+            assert int((await api.output(orphans + count)).split()[-1]) < 50
         assert int(await api.output(count)) == 0
     await still_works(field)

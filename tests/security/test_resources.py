@@ -13,9 +13,10 @@ import pytest
 
 from tests.sandbox_image.running import Api
 from tests.security.attack import Attack, python
-from tests.security.field import USERS, Field, field_of
+from tests.security.field import Field, field_of
 from tests.security.sites import BoxWithout, Outside
 from tests.security.table import each, hold, still_works
+from tests.support.users import ORDINARY_USER, USERS
 
 MEMORY_BYTES = 128 * 1024**2
 PROCESSES = 60
@@ -33,7 +34,7 @@ def field(request: pytest.FixtureRequest) -> Iterator[Field]:
         "--workspace-inodes": WORKSPACE_INODES,
     }
     options = [part for name, value in limits.items() for part in (name, str(value))]
-    with field_of(*options, other_user=request.param == USERS[1]) as field:
+    with field_of(*options, other_user=request.param == ORDINARY_USER) as field:
         yield field
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from tests.sandbox_image.running import Api, eventually
-from tests.security.attack import Ask, Attack, Outcome, destroys, leaks, python, takes
+from tests.security.attack import Ask, Attack, Outcome, destroys, hangs, leaks, python
 from tests.security.field import Field
 from tests.security.sites import Outside
 from tests.security.table import each, hold
@@ -199,15 +199,15 @@ ATTACKS = [
         Ask(WRITE, {"path": "../../../../../../../../../../..$VICTIM_FILE", **SPOIL}),
         as_user=False,
     ),
-    Attack("a FIFO, read", "hangs the reader", "mkfifo f", Outside(), takes(1), Ask(READ, {"path": "f"}), timeout_s=1),
+    Attack("a FIFO, read", "hangs the reader", "mkfifo f", Outside(), hangs, Ask(READ, {"path": "f"}), control_s=0.5),
     Attack(
         "a FIFO, as an artifact",
         "hangs the reader",
         "mkfifo f",
         Outside(),
-        takes(1),
+        hangs,
         Ask(ARTIFACT, {"path": "f"}),
-        timeout_s=1,
+        control_s=0.5,
         as_user=False,
     ),
     Attack(
@@ -215,9 +215,9 @@ ATTACKS = [
         "hangs the writer",
         "mkfifo f",
         Outside(),
-        takes(1),
+        hangs,
         Ask(WRITE, {"path": "f", **SPOIL}),
-        timeout_s=1,
+        control_s=0.5,
         as_user=False,
     ),
     Attack(
@@ -225,9 +225,8 @@ ATTACKS = [
         "hangs the reader",
         "ln -s /dev/zero z",
         Outside(limits=("-v 1000000",)),
-        lambda outcome: outcome.seconds >= 2 or "MemoryError" in outcome.text,
+        lambda outcome: outcome.expired or "MemoryError" in outcome.text,
         Ask(READ, {"path": "z"}),
-        timeout_s=3,
         as_user=False,
     ),
     Attack(
@@ -332,7 +331,7 @@ SWAP = python(
 )
 CHECK_THEN_OPEN = """
 import os, sys, time
-end = time.monotonic() + 20
+end = time.monotonic() + 120
 while time.monotonic() < end:
     try:
         if os.path.realpath("real/secret").startswith(os.getcwd() + "/"):
@@ -350,7 +349,7 @@ async def test_a_link_that_comes_and_goes(field: Field) -> None:
     """Between the check of a path and its use, a name can come to mean something else."""
     place = field.new_directory(None)
     place.chmod(0o777)
-    attack = Attack("a race", "reads the host's files", f"export SECONDS=20; {SWAP}", Outside(), timeout_s=30)
+    attack = Attack("a race", "reads the host's files", f"export SECONDS=120; {SWAP}", Outside())
     swapping = asyncio.create_task(Outside(directory=place).strike(attack, field))
     assert await asyncio.to_thread(eventually, (place / "started").exists)
     control = await asyncio.to_thread(
@@ -362,7 +361,7 @@ async def test_a_link_that_comes_and_goes(field: Field) -> None:
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        running = asyncio.create_task(api.bash(f"export SECONDS=1.5; {SWAP}", env=field.variables()))
+        running = asyncio.create_task(api.bash(f"export SECONDS=0.7; {SWAP}", env=field.variables()))
         tries = 0
         while not running.done():
             for _ in range(20):
@@ -370,4 +369,4 @@ async def test_a_link_that_comes_and_goes(field: Field) -> None:
                 assert field.flag not in str(answer)
                 tries += 1
         assert (await running)["output"] == "HELD\n"
-        assert tries > 40
+        assert tries >= 20
