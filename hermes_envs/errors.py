@@ -87,11 +87,12 @@ class EngineError(HermesEnvsError):
 class EngineUnavailableError(EngineError):
     """The engine cannot be reached, broke the connection off, or is overloaded: the same request may succeed later.
 
-    `retry_after_s` is how many seconds the engine asks to wait, if it says so.
+    `is_away`: there was no engine to answer. `retry_after_s` is how many seconds the engine asks to wait, if it says so.
     """
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, *, is_away: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(message)
+        self.is_away = is_away
         self.retry_after_s = retry_after_s
 
 

@@ -119,7 +119,10 @@ class Init:
             self._listen(number, int(rest[0]))
 
     def _receive(self) -> tuple[list[bytes], list[int]]:
-        packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        packet, attached, _, _ = socket.recv_fds(self._control, PACKET_BYTES, MOST_DESCRIPTORS)
+        for descriptor in attached:
+            # Not by MSG_CMSG_CLOEXEC: recv_fds ignores its flags in some versions of Python.
+            os.set_inheritable(descriptor, False)
         if packet == BY_REFERENCE and attached:
             with open(attached.pop(0), "rb") as file:
                 # The descriptors share the position, which is at the end after the writing.

@@ -70,14 +70,11 @@ def with_text_arguments(message: Message) -> Message:
     """The message as records and OpenAI-compatible endpoints have it: the arguments of its calls are JSON text."""
     if not message.get("tool_calls"):
         return message
-    return {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
-
-
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = call["function"].get("arguments")
-    if not isinstance(arguments, dict):
-        return call
-    return {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    calls = [{**call, "function": dict(call["function"])} for call in message["tool_calls"]]
+    for function in (call["function"] for call in calls):
+        if isinstance(function.get("arguments"), dict):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**message, "tool_calls": calls}
 
 
 @dataclass(frozen=True)

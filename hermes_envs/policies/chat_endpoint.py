@@ -30,7 +30,7 @@ class ChatEndpoint(Endpoint):
             EngineError: as `Endpoint.post`, or the reply is no JSON object.
             ContextFullError: the endpoint says that the messages do not fit into the model's context.
         """
-        reply = await self.post(f"{self.address.rstrip('/')}/chat/completions", {"model": self.model, **request})
+        reply = await self.post(f"{self.address.rstrip('/')}/chat/completions", {"model": self.config.model_name, **request})
         if not isinstance(reply, dict):
             raise EngineError(f"the endpoint {self.address} did not answer with a JSON object: {one_line(repr(reply))}")
         return reply

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Generic, TypeVar
 
-from hermes_envs.errors import EngineError, EngineUnavailableError
-from hermes_envs.policies.endpoint import HEALTH_POLL_S, Endpoint
+from hermes_envs.errors import EngineUnavailableError
+from hermes_envs.policies.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -26,47 +26,48 @@ Answer = TypeVar("Answer")
 
 
 class Endpoints(Generic[E]):
-    """Hands requests to the least busy endpoint that is up, in the order in which they come.
+    """Hands requests to the least busy endpoint, in the order in which they come.
 
     A request that fails with `EngineUnavailableError` is sent again after a pause: `RETRIES` times, and once more for each
-    further endpoint. Any other failure is final. There may be no endpoint at all, for policies that ask no model.
+    further endpoint. With `health_check` of their configs it is sent again for `patience_s` while no server is there to answer.
+    Any other failure is final. There may be no endpoint at all, for policies that ask no model.
     """
 
     def __init__(self, endpoints: Iterable[E] = (), patience_s: float = 300.0) -> None:
-        """`patience_s`: how long a request waits while no endpoint is up."""
         self._endpoints = list(endpoints)
-        self._patience_s = patience_s
+        self._patience_s = patience_s if any(endpoint.config.health_check for endpoint in self._endpoints) else 0.0
         self._queue = asyncio.Lock()
         self._room = asyncio.Event()
-        self._up_at = 0.0
 
     @property
     def models(self) -> list[str]:
         """The model's name at each endpoint."""
-        return [endpoint.model for endpoint in self._endpoints]
+        return [endpoint.config.model_name for endpoint in self._endpoints]
 
     def limit_requests(self, weight: float) -> None:
-        """Use only this share of what the endpoints take at once; 1 is all of it."""
+        """Send each endpoint at most this share of the requests that it takes at once, and at least one."""
         for endpoint in self._endpoints:
-            endpoint.limit_requests(weight)
+            endpoint.most_at_once = max(1, math.ceil(weight * endpoint.config.num_max_requests_at_once))
         self._room.set()
 
     async def ask(self, send: Callable[[E], Awaitable[Answer]]) -> Answer:
-        """Have `send` ask an endpoint, and another one or the same again where that may help.
-
-        Raises:
-            EngineError: as `send`, or no endpoint has been up for `patience_s`.
-        """
-        for attempt in range(RETRIES + len(self._endpoints) - 1):
+        """Have `send` ask an endpoint, and another one or the same again where that may help. Raises as `send`."""
+        attempt, retries, away_since = 0, RETRIES + len(self._endpoints) - 1, math.inf
+        while True:
             try:
                 return await self._ask_once(send)
             except EngineUnavailableError as reason:
-                pause_s = reason.retry_after_s
-                if pause_s is None:
-                    pause_s = min(LONGEST_BACKOFF_S, BACKOFF_S * 2**attempt) * random.uniform(0.5, 1.0)
-                logger.warning("%s; asking again in %.1f s", reason, pause_s)
+                now = time.monotonic()
+                away_since = min(away_since, now)
+                is_awaited = reason.is_away and now - away_since < self._patience_s
+                if attempt >= retries and not is_awaited:
+                    raise
+                pause_s = _pause_s(reason, attempt)
+                # Once is enough while an engine is awaited.
+                level = logging.WARNING if attempt < retries else logging.DEBUG
+                logger.log(level, "%s; asking again in %.1f s", reason, pause_s)
                 await asyncio.sleep(pause_s)
-        return await self._ask_once(send)
+                attempt += 1
 
     def metrics(self) -> dict[str, float]:
         """How long the last requests to each endpoint took, in seconds, by atroposlib's names."""
@@ -92,25 +93,21 @@ class Endpoints(Generic[E]):
             self._room.set()
 
     async def _take_place(self) -> E:
-        asked_at = time.monotonic()
         # The lock is a queue: only the first in it waits for room.
         async with self._queue:
-            while not (free := [endpoint for endpoint in self._endpoints if endpoint.has_room]):
-                self._check_patience(asked_at)
+            while not (free := [one for one in self._endpoints if one.in_flight < one.most_at_once]):
                 self._room.clear()
-                # Nobody tells when an endpoint comes up.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(HEALTH_POLL_S):
-                        await self._room.wait()
-            now = self._up_at = time.monotonic()
-            endpoint = min(free, key=lambda one: (one.failed_at if now - one.failed_at < AVOIDED_S else 0.0, one.load))
+                await self._room.wait()
+            now = time.monotonic()
+            endpoint = min(
+                free,
+                key=lambda one: (one.failed_at if now - one.failed_at < AVOIDED_S else 0.0, one.in_flight / one.most_at_once),
+            )
             endpoint.in_flight += 1
             return endpoint
 
-    def _check_patience(self, asked_at: float) -> None:
-        now = time.monotonic()
-        if any(endpoint.is_up for endpoint in self._endpoints):
-            self._up_at = now
-        elif now - max(asked_at, self._up_at) > self._patience_s:
-            addresses = ", ".join(endpoint.address for endpoint in self._endpoints)
-            raise EngineError(f"no engine has been healthy for {self._patience_s:g} s: {addresses}")
+
+def _pause_s(reason: EngineUnavailableError, attempt: int) -> float:
+    if reason.retry_after_s is not None:
+        return reason.retry_after_s
+    return min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0**attempt) * random.uniform(0.5, 1.0)

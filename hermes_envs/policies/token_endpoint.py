@@ -62,7 +62,7 @@ class TokenEndpoint(Endpoint):
         try:
             completion = (_read_vllm if self._is_vllm else _read_sglang)(request.prompt_ids, reply)
         except (AttributeError, LookupError, TypeError, ValueError) as reason:
-            what = f"has not the form of {self._config.server_type}: {type(reason).__name__}: {reason}"
+            what = f"has not the form of {self.config.server_type}: {type(reason).__name__}: {reason}"
             raise InexactRolloutError(f"the answer of {self.address} {what}") from reason
         if completion.finish_reason == "abort":
             raise EngineUnavailableError(f"the engine at {self.address} aborted the request")
@@ -76,29 +76,18 @@ def check_server_type(config: APIServerConfig) -> None:
 
 
 def _sglang_body(request: TokenRequest) -> dict[str, Any]:
-    return {
-        "input_ids": request.prompt_ids,
-        "sampling_params": {
-            "n": 1,
-            "temperature": request.temperature,
-            "stop_token_ids": request.stop_token_ids,
-            "stop": request.stop_texts,
-            "max_new_tokens": request.max_tokens,
-        },
-        "return_logprob": True,
-        "return_text_in_logprobs": False,
-    }
+    sampling = {**_sampling(request), "stop": request.stop_texts, "max_new_tokens": request.max_tokens}
+    options = {"return_logprob": True, "return_text_in_logprobs": False}
+    return {"input_ids": request.prompt_ids, "sampling_params": sampling, **options}
 
 
 def _vllm_body(request: TokenRequest) -> dict[str, Any]:
-    return {
-        "prompt": {"prompt_token_ids": request.prompt_ids},
-        "n": 1,
-        "temperature": request.temperature,
-        "stop_token_ids": request.stop_token_ids,
-        "logprobs": 0,
-        "max_tokens": request.max_tokens,
-    }
+    options = {"max_tokens": request.max_tokens, "logprobs": 0}
+    return {"prompt": {"prompt_token_ids": request.prompt_ids}, **_sampling(request), **options}
+
+
+def _sampling(request: TokenRequest) -> dict[str, Any]:
+    return {"n": 1, "temperature": request.temperature, "stop_token_ids": request.stop_token_ids}
 
 
 def _read_sglang(prompt_ids: list[int], reply: Any) -> Completion:

@@ -65,7 +65,7 @@ class PythonEnvironment:
 
     async def _build_test_tools(self, workspace: Workspace) -> None:
         archive = f"{_SCRATCH}/test_tools.tar.gz"
-        await self._write(workspace, archive, await asyncio.to_thread(pack_test_tools))
+        await self._write(workspace, archive, await asyncio.to_thread(_pack_test_tools))
         await self._run(workspace, _MAKE_ENVIRONMENT.format(archive=archive))
 
     async def _build(self, workspace: Workspace) -> None:
@@ -167,7 +167,7 @@ def _test_tools_versions() -> list[str]:
 
 
 @cache
-def pack_test_tools() -> bytes:
+def _pack_test_tools() -> bytes:
     """A compressed tar archive to unpack into a site-packages folder."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=6) as tar:

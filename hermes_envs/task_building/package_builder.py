@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -69,7 +69,6 @@ class BuiltPackage:
     """What came of a package; `dropped` counts the bugs that make no task, by reason."""
 
     name: str
-    version: str
     rows: tuple[TaskRow, ...]
     dropped: Counter[str]
 
@@ -101,7 +100,7 @@ class PackageBuilder:
             search = _BugSearch(self._options, self._report, source.name, texts, runner)
             bugs = await search.find()
             rows = await asyncio.to_thread(_write, folder, scratch / "repository", source, bugs, install_commands)
-            return BuiltPackage(source.name, source.version, tuple(rows), search.dropped)
+            return BuiltPackage(source.name, tuple(rows), search.dropped)
 
     async def _collect_wheels(self, source: SourceDistribution, folder: Path) -> list[str]:
         requirements = [*source.requirements, *TEST_REQUIREMENTS.get(source.name, ())]
@@ -111,73 +110,68 @@ class PackageBuilder:
         return [shlex.join(["python", "-m", "pip", "install", "--quiet", *requirements])]
 
 
+@dataclass
 class _BugSearch:
-    """The search for bugs in one package."""
+    """The search for bugs in one package.
 
-    def __init__(
-        self,
-        options: BuilderOptions,
-        report: Callable[[str], None],
-        name: str,
-        texts: dict[str, str],
-        runner: SuiteRunner,
-    ) -> None:
-        """`texts` are the modules of the package by path."""
-        self._options = options
-        self._report = report
-        self._name = name
-        self._texts = texts
-        self._runner = runner
-        self._timeout_s = options.suite_timeout_s
-        self._clean: frozenset[str] = frozenset()
-        self.dropped: Counter[str] = Counter()
+    `texts` are its modules by path, `clean` the tests to rely on, `timeout_s` how long its suite may take with a bug.
+    """
+
+    options: BuilderOptions
+    report: Callable[[str], None]
+    name: str
+    texts: dict[str, str]
+    runner: SuiteRunner
+    dropped: Counter[str] = field(default_factory=Counter)
+    clean: frozenset[str] = frozenset()
+    timeout_s: float = 0.0
 
     async def find(self) -> list[Bug]:
         """The bugs to make tasks of: those in one file first, then those in two."""
         called = await self._run_clean()
-        plan = await asyncio.to_thread(MutationPlan, self._texts, f"{self._name}-{self._options.seed}", called)
-        self._report(f"{self._name}: {len(self._clean)} tests, {len(plan)} places for bugs")
-        wanted_pairs = int(self._options.per_package * self._options.multi_file_share) if len(self._texts) > 1 else 0
-        singles = await self._collect(((mutation,) for mutation in plan), self._options.per_package + wanted_pairs)
+        plan = await asyncio.to_thread(MutationPlan, self.texts, f"{self.name}-{self.options.seed}", called)
+        self.report(f"{self.name}: {len(self.clean)} tests, {len(plan)} places for bugs")
+        wanted_pairs = int(self.options.per_package * self.options.multi_file_share) if len(self.texts) > 1 else 0
+        singles = await self._collect(((mutation,) for mutation in plan), self.options.per_package + wanted_pairs)
         if not singles:
-            raise TaskBuildError(f"{self._name}: its tests tell of no bug that was tried")
+            raise TaskBuildError(f"{self.name}: its tests tell of no bug that was tried")
         pairs = await self._collect(_pairs(singles[::-1]), wanted_pairs)
         paired = {mutation for pair in pairs for mutation in pair.mutations}
         unpaired = [bug for bug in singles if bug.mutations[0] not in paired]
-        return [*unpaired[: self._options.per_package - len(pairs)], *pairs]
+        return [*unpaired[: self.options.per_package - len(pairs)], *pairs]
 
     async def _run_clean(self) -> frozenset[tuple[str, int]]:
         """Find the tests to rely on, and the functions that they reach."""
-        first = (await self._runner.run(timeout_s=self._timeout_s)).tests
-        traced = await self._runner.run(timeout_s=self._timeout_s * 3, trace_calls=True)
+        first = (await self.runner.run(timeout_s=self.options.suite_timeout_s)).tests
+        traced = await self.runner.run(timeout_s=self.options.suite_timeout_s * 3, trace_calls=True)
         second = traced.tests
         for tests in (first, second):
             if tests.problem is not None:
-                raise TaskBuildError(f"{self._name}: {tests.problem}")
+                raise TaskBuildError(f"{self.name}: {tests.problem}")
         # Parameters in the order of a set name other tests in each run: none of the function's can be relied on.
         unstable = {_function_of(node_id) for node_id in first.passed ^ second.passed}
-        self._clean = frozenset(
+        self.clean = frozenset(
             node_id
             for node_id in first.passed & second.passed
             if is_usable(node_id)
             and _function_of(node_id) not in unstable
-            and first.durations_s[node_id] <= self._options.test_timeout_s
+            and first.durations_s[node_id] <= self.options.test_timeout_s
         )
-        if not self._clean:
-            raise TaskBuildError(f"{self._name}: none of {len(first.outcomes)} tests passes")
-        if left_out := len(first.outcomes) - len(self._clean):
-            self._report(f"{self._name}: {left_out} tests are left out: not always passing, slow or with unstable names")
+        if not self.clean:
+            raise TaskBuildError(f"{self.name}: none of {len(first.outcomes)} tests passes")
+        if left_out := len(first.outcomes) - len(self.clean):
+            self.report(f"{self.name}: {left_out} tests are left out: not always passing, slow or with unstable names")
         # Generous: which bugs are kept is not to depend on what else the machine does.
-        self._timeout_s = max(30.0, 10 * first.duration_s)
+        self.timeout_s = max(30.0, 10 * first.duration_s)
         return traced.calls
 
     async def _collect(self, candidates: Iterator[tuple[Mutation, ...]], wanted: int) -> list[Bug]:
         """Try candidates, a few at a time, until so many make a bug."""
         found: list[Bug] = []
-        tries = wanted * self._options.tries_per_task
+        tries = wanted * self.options.tries_per_task
         while len(found) < wanted and tries > 0:
             # Choosing among the places of a large package takes a while.
-            batch = await asyncio.to_thread(lambda size: list(islice(candidates, size)), min(self._options.jobs, tries))
+            batch = await asyncio.to_thread(lambda size: list(islice(candidates, size)), min(self.options.jobs, tries))
             if not batch:
                 break
             tries -= len(batch)
@@ -187,29 +181,29 @@ class _BugSearch:
         return found[:wanted]
 
     async def _try(self, mutations: tuple[Mutation, ...]) -> Bug | None:
-        edits = {mutation.path: mutation.applied_to(self._texts[mutation.path]).encode() for mutation in mutations}
-        run = await self._runner.run(edits, timeout_s=self._timeout_s)
+        edits = {mutation.path: mutation.applied_to(self.texts[mutation.path]).encode() for mutation in mutations}
+        run = await self.runner.run(edits, timeout_s=self.timeout_s)
         passed = run.tests.passed
         reason = self._objection(run.tests)
         kinds = " and ".join(f"{mutation.kind} in {mutation.function.dotted_name}" for mutation in mutations)
         if reason is not None:
             self.dropped[reason] += 1
-            self._report(f"{self._name}: {kinds}: {reason}")
+            self.report(f"{self.name}: {kinds}: {reason}")
             return None
-        failing = sorted(self._clean - passed)
-        self._report(f"{self._name}: {kinds}: {len(failing)} tests fail")
+        failing = sorted(self.clean - passed)
+        self.report(f"{self.name}: {kinds}: {len(failing)} tests fail")
         failures = {node_id: run.failures[node_id] for node_id in failing if node_id in run.failures}
-        return Bug(mutations, edits, tuple(failing), tuple(sorted(self._clean & passed)), failures)
+        return Bug(mutations, edits, tuple(failing), tuple(sorted(self.clean & passed)), failures)
 
     def _objection(self, tests: TestRun) -> str | None:
         """Why a bug makes no task."""
         if tests.problem is not None:
             return "the tests do not end" if "took longer" in tests.problem else "the test run breaks down"
-        if not self._clean <= set(tests.outcomes):
+        if not self.clean <= set(tests.outcomes):
             return "tests cannot be collected"
-        if self._clean <= tests.passed:
+        if self.clean <= tests.passed:
             return "no test fails"
-        if len(self._clean & tests.passed) < max(1.0, self._options.min_passing_share * len(self._clean)):
+        if len(self.clean & tests.passed) < max(1.0, self.options.min_passing_share * len(self.clean)):
             return "too many tests fail"
         return None
 

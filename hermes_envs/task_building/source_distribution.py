@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email
-import os
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from hermes_envs.errors import TaskBuildError
+from hermes_envs.task_building.python_process import run_module
 
 _PIP_TIMEOUT_S = 300.0
 _MAX_UNPACKED_BYTES = 256 * 1024**2
@@ -53,39 +52,18 @@ async def build_wheels(requirements: Sequence[str], folder: Path) -> None:
     await _run_pip("wheel", "--wheel-dir", str(folder), *requirements)
 
 
-async def _run_pip(*arguments: str) -> None:
+async def _run_pip(command: str, *arguments: str) -> None:
     """Run pip with the user's own configuration.
 
     Raises:
         TaskBuildError: it fails; the message is the last error that it wrote.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "pip",
-        arguments[0],
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        *arguments[1:],
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), _PIP_TIMEOUT_S)
-    except TimeoutError:
-        raise TaskBuildError(f"pip {arguments[0]} took longer than {_PIP_TIMEOUT_S:g} s") from None
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, 9)
-            await process.wait()
-    if process.returncode != 0:
-        lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.lower().startswith("error")]
-        reason = (errors or lines or [f"status {process.returncode}"])[-1]
-        raise TaskBuildError(f"pip {arguments[0]} failed: {reason[:500]}")
+    quietly = ("--quiet", "--disable-pip-version-check", "--no-input")
+    process = await run_module("pip", command, *quietly, *arguments, timeout_s=_PIP_TIMEOUT_S)
+    if process.exit_code != 0:
+        errors = [line for line in process.lines if line.lower().startswith("error")]
+        reason = (errors or process.lines or [f"status {process.exit_code}"])[-1]
+        raise TaskBuildError(f"pip {command} failed: {reason[:500]}")
 
 
 async def _download(requirement: str, folder: Path) -> Path:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hermes_envs.errors import TaskBuildError
+from hermes_envs.task_building.python_process import run_module
 
 _GROUP_SIZE = 2
 _EXPECTED = {"oracle": 1.0, "nop": 0.0}
@@ -57,27 +53,9 @@ async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[_V
             "use_wandb": "false",
         }
         arguments = [argument for name, value in flags.items() for argument in (f"--env.{name}", value)]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "hermes_envs.swe_smith",
-            "process",
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            output, _ = await asyncio.wait_for(process.communicate(), _SECONDS_PER_TASK * (count + 1))
-        except TimeoutError:
-            raise TaskBuildError(f"validation with policy {policy} did not end in time") from None
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-        lines = output.decode(errors="replace").strip().splitlines() or ["no output"]
-        return _read_verdicts(groups), lines[-1].strip()[:300]
+        command = ("hermes_envs.swe_smith", "process", *arguments)
+        process = await run_module(*command, timeout_s=_SECONDS_PER_TASK * (count + 1))
+        return _read_verdicts(groups), (process.lines or ["no output"])[-1][:300]
 
 
 def _read_verdicts(groups: Path) -> dict[str, list[_Verdict]]:

@@ -23,7 +23,7 @@ from sandbox_image.kernel import linux
 from sandbox_image.kernel.cgroups import SlotGroup
 
 START_TIMEOUT_S = 30.0
-KILL_MARGIN_S = 4.0
+KILL_MARGIN_S = 3.0
 """An init that is to kill a command whose time is over, and does nothing for so long, is given up."""
 MAX_KILL_S = 12.0
 """How long it may take where processors are scarce and processes many: less than clients wait beyond a call's timeout."""

@@ -21,6 +21,8 @@ from sandbox_image.tools.tmux_pane import Pane
 
 MAX_WIDTH, MAX_HEIGHT = 1000, 500
 DEFAULT_WIDTH, DEFAULT_HEIGHT = 80, 24
+CAPTURE_S = 1.0
+"""What is left of a call's time, if it has that much, for the capture after a wait."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Tmux:
         start = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
-                output, truncated, metadata = await self._act(arguments, start + timeout_s)
+                output, truncated, metadata = await self._act(arguments, start + timeout_s - min(CAPTURE_S, timeout_s / 2))
         except TimeoutError:
             raise ToolError(f"timed out after {timeout_s:g} s; the terminal goes on") from None
         metadata |= {"action": arguments.action, "truncated": truncated, "sandboxed": self._sandboxed}
@@ -95,7 +97,7 @@ class Tmux:
         if pane is not None:
             pane.close()
 
-    async def _act(self, arguments: TmuxArguments, deadline: float) -> tuple[str, bool, dict[str, Any]]:
+    async def _act(self, arguments: TmuxArguments, wait_until: float) -> tuple[str, bool, dict[str, Any]]:
         # Mistakes that a model can make are unsuccessful results for it to read, not request errors.
         if arguments.action == "send_keys" and not arguments.texts:
             raise ToolError("`send_keys` needs `keys`")
@@ -109,21 +111,20 @@ class Tmux:
             await self._start(arguments)
         pane = self._require_pane()
         try:
-            return await self._use(pane, arguments, deadline)
+            return await self._use(pane, arguments, wait_until)
         finally:
             if not pane.alive:
                 self.close()
 
-    async def _use(self, pane: Pane, arguments: TmuxArguments, deadline: float) -> tuple[str, bool, dict[str, Any]]:
+    async def _use(self, pane: Pane, arguments: TmuxArguments, wait_until: float) -> tuple[str, bool, dict[str, Any]]:
         waited: dict[str, Any] = {}
         if arguments.action == "send_keys":
-            # Leaves time for the capture after the wait.
             calm = await pane.send_keys(
                 arguments.texts,
                 literal=arguments.literal,
                 min_wait_s=arguments.min_wait_s,
                 until=time.monotonic() + arguments.max_wait_s if arguments.block else None,
-                end=deadline - 0.2,
+                end=wait_until,
             )
             waited = {"timeout": not calm}
             if not pane.alive:

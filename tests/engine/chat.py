@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat endpoint over HTTP that says what a test tells it to.
 
-Left out: streaming, several choices, every route but `/v1/chat/completions` and `/health`. It judges no request; it keeps them.
+Left out: streaming, several choices, every route but `/v1/chat/completions`. It judges no request; it keeps them.
 """
 
 from __future__ import annotations
@@ -33,20 +33,12 @@ class ChatServer:
         self.requests: list[dict[str, Any]] = []
         self.at_once = 0
         self.connections: set[object] = set()
-        self.healthy = True
-        self.health_checks = 0
-        self._now = 0
+        self._now = self._port = 0
         self._answers = list(answers)
         self._delay_s = delay_s
 
     async def __aenter__(self) -> ChatServer:
-        app = web.Application(client_max_size=2**24)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        app.router.add_get("/health", self._health)
-        self._runner = web.AppRunner(app, handler_cancellation=True)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        await self.start()
         return self
 
     async def __aexit__(
@@ -54,13 +46,19 @@ class ChatServer:
     ) -> None:
         await self.stop()
 
+    async def start(self) -> None:
+        """Listen at a free port, or again at the one that it had."""
+        app = web.Application(client_max_size=2**24)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        self._runner = web.AppRunner(app, handler_cancellation=True)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self._port = self._runner.addresses[0][1]
+        self.base_url = f"http://127.0.0.1:{self._port}/v1"
+
     async def stop(self) -> None:
         """Close the port: from now on connections are refused."""
         await self._runner.cleanup()
-
-    async def _health(self, request: web.Request) -> web.Response:
-        self.health_checks += 1
-        return web.Response(status=200 if self.healthy else 503)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import hermes_envs
 from backends.local import LocalBackend, LocalOptions
 from hermes_envs.demo import DemoBug, bugs, materialise
 from hermes_envs.demo.recording import observe_tests
@@ -125,3 +126,11 @@ def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TaskBuildError, match="git is not installed"):
         materialise(tmp_path / "demo")
     assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_the_demo_is_one_task_set_of_many() -> None:
+    """Nothing but the environment that offers it imports it: what builds and reads task sets works without."""
+    package = Path(hermes_envs.__file__).parent
+    modules = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    importers = {name for name, text in modules.items() if "hermes_envs.demo" in text and not name.startswith("demo/")}
+    assert importers == {"swe_smith.py"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,9 +13,10 @@ from aiohttp import web
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from transformers import PreTrainedTokenizerFast
 
-from hermes_envs.errors import EngineError, EngineRefusalError, EngineUnavailableError, InexactRolloutError
+from hermes_envs.errors import ConfigError, EngineError, EngineRefusalError, EngineUnavailableError, InexactRolloutError
 from hermes_envs.policies.chat_endpoint import ChatEndpoint
 from hermes_envs.policies.endpoints import Endpoints
+from hermes_envs.policies.token_endpoint import TokenEndpoint
 from tests.engine.chat import Answer, ChatServer, completion
 from tests.engine.engine import Engine
 from tests.engine.servers import policy_for
@@ -194,48 +195,47 @@ async def test_requests_that_wait_go_in_the_order_in_which_they_came() -> None:
 # --- health ------------------------------------------------------------------------------------------------------------
 
 
-async def test_requests_wait_until_an_endpoint_is_healthy_again() -> None:
-    async with (
-        ChatServer(status(503), completion(content="ok")) as server,
-        endpoints_at(server, health_check=True) as endpoints,
-    ):
-        server.healthy = False
+@pytest.mark.parametrize("code", [502, 503, 504])
+async def test_requests_wait_for_an_engine_that_is_away(code: int) -> None:
+    answers = [*[status(code)] * 9, completion(content="ok")]
+    async with ChatServer(*answers) as server, endpoints_at(server, health_check=True) as endpoints:
+        reply = await ask(endpoints)
+
+    assert reply["choices"][0]["message"]["content"] == "ok"
+    assert len(server.requests) == 10
+
+
+@pytest.mark.parametrize("code", [429, 500])
+async def test_requests_do_not_wait_for_an_engine_that_is_there(code: int) -> None:
+    async with ChatServer(status(code)) as server, endpoints_at(server, health_check=True) as endpoints:
+        with pytest.raises(EngineUnavailableError):
+            await ask(endpoints)
+
+    assert len(server.requests) == 3
+
+
+async def test_an_engine_that_comes_back_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    async with ChatServer(completion()) as server, endpoints_at(server, health_check=True) as endpoints:
+        await server.stop()
         request = asyncio.create_task(ask(endpoints))
-        while server.health_checks < 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        others = [asyncio.create_task(ask(endpoints)) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        assert len(server.requests) == 1
-        server.healthy = True
-        assert (await request)["choices"][0]["message"]["content"] == "ok"
-        await asyncio.gather(*others)
-        checks = server.health_checks
-        await asyncio.sleep(1.2)
-        assert server.health_checks == checks, "who is up is not asked"
+        while not caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await server.start()
+        await request
 
-    assert len(server.requests) == 5
-
-
-async def test_a_healthy_endpoint_gets_what_an_unhealthy_one_would() -> None:
-    async with ChatServer(status(503)) as broken, ChatServer(completion()) as sound:
-        broken.healthy = False
-        async with endpoints_at(broken, sound, health_check=True) as endpoints:
-            await asyncio.gather(*(ask(endpoints) for _ in range(2)))
-            await asyncio.gather(*(ask(endpoints) for _ in range(20)))
-
-    assert (len(broken.requests), len(sound.requests)) == (1, 22)
+    assert len(server.requests) == 1
 
 
 async def test_all_who_wait_give_up_when_the_patience_ends() -> None:
-    async with ChatServer(status(503)) as server:
-        server.healthy = False
-        async with endpoints_at(server, health_check=True, patience_s=1.0) as endpoints:
-            started = time.monotonic()
-            errors = await asyncio.gather(*(ask(endpoints) for _ in range(30)), return_exceptions=True)
-            took = time.monotonic() - started
+    async with ChatServer(completion()) as server, endpoints_at(server, health_check=True, patience_s=1.5) as endpoints:
+        await server.stop()
+        started = time.monotonic()
+        errors = await asyncio.gather(*(ask(endpoints) for _ in range(30)), return_exceptions=True)
+        took = time.monotonic() - started
 
-    assert {str(error) for error in errors} == {f"no engine has been healthy for 1 s: {server.base_url}"}
-    assert took < 30 * 1.0 / 2, "they have waited together, not one after the other"
+    assert {type(error) for error in errors} == {EngineUnavailableError}
+    assert all(server.base_url in str(error) for error in errors)
+    assert 1.5 <= took < 30 * 1.5 / 2, "they have waited together, not one after the other"
 
 
 # --- what is told ------------------------------------------------------------------------------------------------------
@@ -251,6 +251,20 @@ async def test_it_is_measured_how_long_requests_take() -> None:
     assert metrics["server/server_0_request_time_avg"] >= 0.1
 
 
+@asynccontextmanager
+async def listening(answer: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The address of a server that answers anything."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 async def test_a_key_is_sent_to_whoever_needs_one() -> None:
     seen: list[str | None] = []
 
@@ -258,16 +272,37 @@ async def test_a_key_is_sent_to_whoever_needs_one() -> None:
         seen.append(request.headers.get("Authorization"))
         return web.json_response(completion())
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    for key in ("secret", "", None):
-        config = APIServerConfig(base_url=f"http://127.0.0.1:{runner.addresses[0][1]}/v1/", api_key=key)
-        endpoint = ChatEndpoint(config)
-        await endpoint.complete({})
-        await endpoint.aclose()
-    await runner.cleanup()
+    async with listening(answer) as address:
+        for key in ("secret", "", None):
+            async with aclosing(ChatEndpoint(APIServerConfig(base_url=f"{address}/v1/", api_key=key))) as endpoint:
+                await endpoint.complete({})
 
     assert seen == ["Bearer secret", None, None]
+
+
+async def test_chat_endpoints_are_asked_through_a_proxy_and_engines_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.headers["Host"])
+        return web.json_response(completion())
+
+    async with listening(answer) as address:
+        monkeypatch.setenv("http_proxy", address)
+        monkeypatch.setenv("no_proxy", "internal.invalid")
+        async with aclosing(ChatEndpoint(APIServerConfig(base_url="http://chat.invalid/v1"))) as endpoint:
+            await endpoint.complete({})
+        excepted = ChatEndpoint(APIServerConfig(base_url="http://internal.invalid/v1"))
+        engine = TokenEndpoint(APIServerConfig(base_url="http://engine.invalid/v1", server_type="vllm"))
+        for direct in (excepted, engine):
+            async with aclosing(direct):
+                with pytest.raises(EngineUnavailableError, match=r"Cannot connect to host \w+\.invalid"):
+                    await direct.post(direct.address, {})
+
+    assert seen == ["chat.invalid"]
+
+
+@pytest.mark.parametrize("address", ["", None, "localhost:8000/v1", "ftp://localhost/v1"])
+def test_what_is_no_address_is_a_fault_of_the_config(address: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"openai\.base_url: "):
+        ChatEndpoint(APIServerConfig(base_url=address))

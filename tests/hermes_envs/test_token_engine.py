@@ -209,7 +209,7 @@ async def test_patience_with_engines_that_are_down_ends(tokenizer: PreTrainedTok
             await policy.start("first", tools=[]).respond(QUESTION)
             await engine.stop()
             started = time.monotonic()
-            with pytest.raises(EngineError, match=r"no engine has been healthy for 1\.5 s: http://127"):
+            with pytest.raises(EngineError, match=r"the endpoint http://127.* failed: ClientConnectorError"):
                 async with asyncio.timeout(PATIENCE_S):
                     await policy.start("second", tools=[]).respond(QUESTION)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -13,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ import pytest
 from sandbox_image.init import descendants
 from sandbox_image.kernel.cgroups import remove_recorded
 from sandbox_image.storage.trees import remove_tree
+from tests.support.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_USER = "nobody"
@@ -69,7 +72,7 @@ class RunningServer:
     def stop(self) -> int:
         """End it in order; its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE_S)
 
 
 def _is_init(line: str) -> bool:
@@ -98,14 +101,24 @@ def someone_runs(marker: str) -> bool:
     return any(marker in command_line(int(name)) for name in os.listdir("/proc") if name.isdigit())
 
 
-def eventually(condition: Any, seconds: float = 10.0) -> bool:
-    """Whether a condition comes true within some seconds."""
+def new_marker() -> str:
+    """A duration that no other process sleeps for."""
+    return f"{secrets.randbelow(10**6) + 1000}.{secrets.randbelow(10**9)}"
+
+
+def eventually(condition: Callable[[], object], seconds: float = PATIENCE_S) -> bool:
+    """Whether a condition comes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.01)
     return True
+
+
+async def becomes(condition: Callable[[], object]) -> bool:
+    """Whether a condition comes true; the event loop goes on."""
+    return await asyncio.to_thread(eventually, condition)
 
 
 def server_command(directory: Path, *options: str, slots: int = 2) -> list[str]:
@@ -238,6 +251,47 @@ def launch(
     return RunningServer(process, directory, json.loads(line))
 
 
+REFUSALS = """
+import json, os, sys
+from sandbox_image import server
+answers = []
+for arguments, variables in json.load(sys.stdin):
+    out, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.environ.update(variables)
+        sys.argv[1:] = arguments
+        os._exit(server.main())
+    os.close(write)
+    with open(out) as said:
+        text = said.read()
+    answers.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text])
+json.dump(answers, sys.stdout)
+"""
+
+
+def refusals(directory: Path, *cases: Sequence[str], prefix: Sequence[str] = (), **variables: str) -> list[str]:
+    """What servers say that end at once, started with these options; the interpreter is started once for all of them."""
+    commands = [(server_command(directory, *options)[3:], variables) for options in cases]
+    asked = subprocess.run(
+        [*(prefix or [sys.executable]), "-P", "-c", REFUSALS],
+        cwd="/",
+        env=environment(),
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    said = []
+    for status, text in json.loads(asked.stdout):
+        assert (status, text.count("\n"), text.startswith("slot server: ")) == (1, 1, True), text
+        said.append(text)
+    return said
+
+
 class Api:
     """Requests to a server; each method gives the status and the decoded body."""
 
@@ -274,11 +328,11 @@ class Api:
         assert status == 200, result
         return dict(result)
 
-    async def bash(self, command: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+    async def bash(self, command: str, *, timeout: float = PATIENCE_S, **args: Any) -> dict[str, Any]:
         """Run a command; its result."""
         return await self.tool("bash", {"command": command, **args}, timeout=timeout)
 
-    async def stateful(self, command: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+    async def stateful(self, command: str, *, timeout: float = PATIENCE_S, **args: Any) -> dict[str, Any]:
         """Run a command in the shell that keeps its state; its result."""
         return await self.tool("bash_stateful", {"command": command, **args}, timeout=timeout)
 
@@ -288,8 +342,35 @@ class Api:
         assert result["success"], result
         return str(result["output"])
 
-    async def tmux(self, action: str, *, timeout: float = 20.0, **args: Any) -> dict[str, Any]:
+    async def tmux(self, action: str, *, timeout: float = PATIENCE_S, **args: Any) -> dict[str, Any]:
         """An action of the terminal that must succeed; its result."""
         result = await self.tool("tmux", {"action": action, **args}, timeout=timeout)
         assert result["success"], result
         return result
+
+
+async def init_of(api: Api, server: RunningServer) -> int:
+    """The process on the host that is PID 1 of a slot's box."""
+    namespace = (await api.output("readlink /proc/self/ns/pid")).strip()
+    return next(pid for pid in server.inits() if os.readlink(f"/proc/{pid}/ns/pid") == namespace)
+
+
+async def begins(api: Api, name: str = "begun") -> bool:
+    """Whether a command of the slot that is running makes a file; it can be asked for meanwhile."""
+    for _ in range(int(PATIENCE_S / 0.01)):
+        if (await api.post("/artifacts/read", {"slot_id": api.slot, "path": name}))[0] == 200:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def all_started(api: Api, server: RunningServer) -> None:
+    """Wait until both slots of a server have a box that is used next, and a spare one that has been checked."""
+    for slot in ("slot_0", "slot_1"):
+        await Api(api.session, slot).reset()
+    open_files = f"/proc/{server.process.pid}/fd"
+    steady = 0
+    while steady < 10:
+        before = len(os.listdir(open_files))
+        await asyncio.sleep(0.02)
+        steady = steady + 1 if len(server.inits()) == 4 and len(os.listdir(open_files)) == before else 0

@@ -8,12 +8,14 @@ import hashlib
 import io
 import os
 import tarfile
-import time
 from typing import Any
 
 import pytest
 
+from sandbox_image.tools.artifacts import MAX_UNPACKED_BYTES
 from tests.sandbox_image.running import Api, RunningServer
+
+pytestmark = pytest.mark.any_user
 
 
 async def ask(api: Api, route: str, **fields: Any) -> tuple[int, Any]:
@@ -42,17 +44,16 @@ UNREADABLE = [
 ]  # fmt: skip
 
 
+@pytest.mark.both_users
 async def test_what_cannot_be_read(api: Api) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s nothing dangling; ln -s circle circle; ln -s /etc/passwd out;"
         "ln -s /etc out_dir; mkfifo fifo"
     )
-    start = time.monotonic()
     for path, status in UNREADABLE:
         answered, failure = await ask(api, "read", path=path)
         assert answered == status, (path, failure)
         assert "\n" not in failure["error"]
-    assert time.monotonic() - start < 10
 
 
 async def test_device_files_are_not_read(api: Api, server: RunningServer) -> None:
@@ -130,17 +131,17 @@ async def test_archive(api: Api) -> None:
 
 
 async def test_archive_bounds(api: Api) -> None:
-    await api.output("head -c 300000 /dev/urandom > noise; mkdir small; truncate -s 2G small/sparse")
+    await api.output("head -c 300000 /dev/urandom > noise; mkdir small; truncate -s 3G small/sparse")
     assert (await ask(api, "archive", max_bytes=200_000))[0] == 413
-    start = time.monotonic()
-    assert (await ask(api, "archive", path="small"))[0] == 413
-    assert time.monotonic() - start < 5
+    # Packed it would be small enough.
+    status, failure = await ask(api, "archive", path="small")
+    assert (status, f"more than {MAX_UNPACKED_BYTES} bytes" in failure["error"]) == (413, True)
     assert (await ask(api, "archive", max_bytes=10**12))[0] == 400
 
 
 async def test_archive_of_a_file_that_shrinks(api: Api) -> None:
     await api.output("head -c 3000000 /dev/urandom > file")
-    writer = api.bash("while :; do : > file; head -c 3000000 /dev/zero > file; done", timeout=1.5)
+    writer = api.bash("while :; do : > file; head -c 3000000 /dev/zero > file; done", timeout=0.7)
     racing = asyncio.create_task(writer)
     while not racing.done():
         status, archive = await ask(api, "archive")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
-import time
+
+import pytest
 
 from sandbox_image.protocol import MAX_OUTPUT_BYTES
-from tests.sandbox_image.running import Api, RunningServer, alive, someone_runs
+from tests.sandbox_image.running import Api, RunningServer, alive, begins, init_of, someone_runs
+from tests.support.growth import slowest
+
+FLOOD_BYTES = 300 * 2**20 + 11
 
 
 async def test_output_is_one_stream_in_order(api: Api) -> None:
@@ -76,30 +79,24 @@ async def test_commands_larger_than_an_argument(api: Api) -> None:
         assert await api.output(f"cat <<'END' | wc -c\n{text}\nEND\necho $#") == f"{size + 1}\n0\n"
 
 
-async def test_nothing_survives_a_call(api: Api) -> None:
-    marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
-    start = time.monotonic()
+async def test_nothing_survives_a_call(api: Api, marker: str) -> None:
     stubborn = f"signal.pthread_sigmask(0, range(1, 60)); time.sleep({marker})"
     await api.output(
         f"sleep {marker} & setsid sleep {marker} & (setsid nohup sleep {marker} >/dev/null 2>&1 &)\n"
         f"sleep {marker} & kill -STOP $!\n"
         f"python3 -c 'import os, signal, time; os.fork() and os._exit(0); {stubborn}' & sleep 0.3"
     )
-    assert time.monotonic() - start < 5
     assert not someone_runs(marker)
     assert await api.output("ls /proc | grep -c '^[0-9]'") == "4\n", "init, sh, ls and grep"
 
 
 async def test_fork_storm_is_stopped(api: Api) -> None:
-    start = time.monotonic()
-    result = await api.bash("f() { f | f & }; f; sleep 60", timeout=1.0)
+    result = await api.bash("f() { f | f & }; f; sleep 1000", timeout=0.5)
     assert result["metadata"]["timeout"] or not result["success"] or result["output"]
-    assert time.monotonic() - start < 15
     assert await api.output("echo well") == "well\n"
 
 
-async def test_timeout(api: Api) -> None:
-    marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+async def test_timeout(api: Api, marker: str) -> None:
     result = await api.bash(f"trap '' TERM INT; echo before; setsid sleep {marker} & sleep {marker}", timeout=0.4)
     assert (result["success"], result["error"], result["output"]) == (False, "timed out after 0.4 s", "before\n")
     assert (result["metadata"]["timeout"], result["metadata"]["exit_code"]) == (True, None)
@@ -107,20 +104,19 @@ async def test_timeout(api: Api) -> None:
     assert await api.output("echo next") == "next\n"
 
 
+@pytest.mark.any_user
 async def test_flood_is_cut_while_it_is_read(api: Api, server: RunningServer) -> None:
     before = _resident(server.process.pid)
-    start = time.monotonic()
-    result = await api.bash("echo first; yes | head -c 1G; echo last")
-    assert time.monotonic() - start < 20
+    result = await api.bash("echo first; yes | head -c 300M; echo last")
     assert _resident(server.process.pid) - before < 60_000_000
     assert result["metadata"].pop("oom_killed", False) is False
     assert result["metadata"] | {"duration_s": 0} == {
-        "exit_code": 0, "timeout": False, "truncated": True, "output_bytes": 2**30 + 11, "duration_s": 0, "sandboxed": True,
+        "exit_code": 0, "timeout": False, "truncated": True, "output_bytes": FLOOD_BYTES, "duration_s": 0, "sandboxed": True,
     }  # fmt: skip
     assert result["output"].startswith("first\ny\n")
     assert result["output"].endswith("\ny\nlast\n")
     assert len(result["output"]) < MAX_OUTPUT_BYTES + 100
-    assert f"[... {2**30 + 11 - MAX_OUTPUT_BYTES} bytes dropped ...]" in result["output"]
+    assert f"[... {FLOOD_BYTES - MAX_OUTPUT_BYTES} bytes dropped ...]" in result["output"]
 
 
 async def test_output_limit_of_a_call(api: Api) -> None:
@@ -132,14 +128,15 @@ async def test_output_limit_of_a_call(api: Api) -> None:
     assert cut["output"] == "ä\n[... 6 bytes dropped ...]\nä"
 
 
+@pytest.mark.any_user
 async def test_a_flood_does_not_stop_other_slots(api: Api) -> None:
-    flood = asyncio.create_task(api.bash("yes", timeout=2.0))
-    await asyncio.sleep(0.2)
     other = Api(api.session, "slot_1")
-    start = time.monotonic()
-    assert await other.output("echo quick") == "quick\n"
-    assert time.monotonic() - start < 1.5
+    alone = await slowest(lambda: other.output("echo quick"), count=10)
+    flood = asyncio.create_task(api.bash("touch begun; yes", timeout=0.7))
+    assert await begins(api)
+    beside = await slowest(lambda: other.output("echo quick"), count=10, during=flood)
     assert (await flood)["metadata"]["timeout"]
+    assert beside < 20 * alone + 0.5
 
 
 async def test_non_blocking_output_does_not_leak_into_the_next_call(api: Api) -> None:
@@ -155,9 +152,9 @@ async def test_calls_of_a_slot_run_one_after_the_other(api: Api) -> None:
 
 
 async def test_processes_of_a_box_die_with_their_parent_only(api: Api, server: RunningServer) -> None:
-    inits = server.inits()
+    own = await init_of(api, server)
     await api.bash("kill -9 -1")
-    assert all(map(alive, inits))
+    assert alive(own)
     assert await api.output("echo here") == "here\n"
     assert (await api.bash("kill -9 1; kill -INT 1; kill -TERM 1; echo no"))["output"] == "no\n"
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-import time
 from typing import Any
 
+import pytest
+
+from sandbox_image.protocol import MAX_FILE_BYTES
 from tests.sandbox_image.running import Api, RunningServer, launch, on_small_disk, open_directory, server_command
+
+pytestmark = pytest.mark.any_user
 
 
 async def read(api: Api, path: str, **args: Any) -> dict[str, Any]:
@@ -29,6 +33,7 @@ async def test_write_and_read(api: Api) -> None:
     assert await api.output("cat src/deep/ä.txt; echo more >> src/deep/ä.txt; rm -r src") == "zwölf\n"
 
 
+@pytest.mark.both_users
 async def test_files_belong_to_the_slot(api: Api) -> None:
     await write(api, "a/b/script", "#!/bin/sh\necho ran\n", executable=True)
     await write(api, "plain", "x")
@@ -37,6 +42,7 @@ async def test_files_belong_to_the_slot(api: Api) -> None:
     assert owners == "user 755\nuser 755\nuser 755\nuser 644\n"
 
 
+@pytest.mark.both_users
 async def test_replacing_keeps_the_mode_and_links(api: Api) -> None:
     await api.output("echo old > file; chmod 750 file; ln -s file link; mkdir d; ln -s /workspace/d/new absolute")
     assert (await write(api, "link", "new"))["success"]
@@ -61,10 +67,10 @@ async def test_long_files_are_cut(api: Api) -> None:
     await api.output("printf 'ää%0999d' 0 > file; truncate -s 3G sparse")
     result = await read(api, "file", max_bytes=3)
     assert (result["output"], result["metadata"]["truncated"], result["metadata"]["size"]) == ("ä", True, 1003)
-    start = time.monotonic()
+    # Whoever read 3 GiB of it would need more than the memory that the server has for all.
     result = await read(api, "sparse", encoding="base64")
     assert result["metadata"] == {"size": 3 * 2**30, "truncated": True, "encoding": "base64"}
-    assert time.monotonic() - start < 5
+    assert len(result["output"]) == 4 * -(-MAX_FILE_BYTES // 3)
 
 
 UNREADABLE = [
@@ -92,21 +98,21 @@ UNREADABLE = [
 ]
 
 
+@pytest.mark.both_users
 async def test_what_cannot_be_read(api: Api) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s /etc/passwd to_etc; ln -s ../../passwd to_above; ln -s directory to_directory;"
         "ln -s /etc to_etc_directory; ln -s circle circle; mkfifo fifo;"
         "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('socket')\""
     )
-    start = time.monotonic()
     for path, reason in UNREADABLE:
         result = await read(api, path)
         assert not result["success"], path
         assert reason in result["error"], path
         assert result["error"].count("\n") == 0, path
-    assert time.monotonic() - start < 10
 
 
+@pytest.mark.both_users
 async def test_what_cannot_be_written(api: Api, server: RunningServer) -> None:
     await api.output(
         "mkdir directory; echo x > file; ln -s /etc to_etc_directory; ln -s circle circle; mkfifo fifo; mkdir -m 0 closed"
@@ -134,7 +140,7 @@ async def test_a_name_that_keeps_changing_leads_nowhere(api: Api) -> None:
     await api.output("mkdir real; echo inside > real/passwd")
     loop = "os.symlink('/etc', 'l'); os.rename('l', 'd'); os.unlink('d'); os.rename('real', 'd'); os.rename('d', 'real')"
     swap = f"import os\nwhile True:\n  {loop}"
-    racing = asyncio.create_task(api.bash(f'python3 -c "{swap}"', timeout=2.0))
+    racing = asyncio.create_task(api.bash(f'python3 -c "{swap}"', timeout=0.8))
     other = Api(api.session)
     found = set()
     while not racing.done():

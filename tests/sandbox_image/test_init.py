@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sandbox_image import compile_init, init
+from sandbox_image.kernel import linux
 
 LIMITS = "4:0,7:4096"
 
@@ -47,8 +48,14 @@ class Talk:
         self.facts = self.hear()[1].decode()
 
     def say(self, *parts: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        """Send a message."""
-        socket.send_fds(self.control, [b"\0".join(parts)], list(descriptors))
+        """Send a message: in a packet, or in a file if it is too large."""
+        message = b"\0".join(parts)
+        if len(message) <= init.PACKET_BYTES:
+            socket.send_fds(self.control, [message], list(descriptors))
+            return
+        with open(os.memfd_create("message"), "wb", buffering=0) as file:
+            file.write(message)
+            socket.send_fds(self.control, [init.BY_REFERENCE], [file.fileno(), *descriptors])
 
     def hear(self) -> list[bytes]:
         """The next message."""
@@ -73,11 +80,16 @@ class Talk:
         return os.read(self.output, 65536)
 
 
-@pytest.fixture(params=["compiled", "python"])
-def talk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Talk]:
-    compiled = request.param == "compiled"
-    if compiled and (shutil.which("cc") is None or compile_init.compile_init() is not None):
+@pytest.fixture(scope="module", params=["compiled", "python"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Which of the two inits is spoken to."""
+    if request.param == "compiled" and (shutil.which("cc") is None or compile_init.compile_init() is not None):
         pytest.skip("there is no C compiler")
+    return request.param == "compiled"
+
+
+@pytest.fixture
+def talk(compiled: bool, tmp_path: Path) -> Iterator[Talk]:
     talk = Talk(tmp_path, compiled)
     yield talk
     talk.control.close()
@@ -116,6 +128,55 @@ def test_a_kept_command_outlives_others_with_what_it_starts(talk: Talk, tmp_path
     assert talk.hear() == [b"exit", b"2", b"137"]
     assert talk.run("! ps -eo args | grep '[s]leep'") == [b"exit", b"1", b"0"]
     assert os.read(output, 100) == b""
+
+
+def test_a_message_in_a_file_brings_its_descriptors(talk: Talk) -> None:
+    mine, theirs = os.pipe()
+    with open(os.devnull) as nothing:
+        variables = [b"V%d=%s" % (number, b"x" * 100) for number in range(300)]
+        command = b"echo $V299; ls /proc/self/fd | wc -l"
+        talk.say(b"keep", b"2", b"", *variables, command, descriptors=(nothing.fileno(), theirs, theirs))
+    os.close(theirs)
+    assert [talk.hear(), talk.hear()] == [[b"done", b"2", b""], [b"exit", b"2", b"0"]]
+    assert os.read(mine, 1000) == b"x" * 100 + b"\n4\n"
+    os.close(mine)
+
+
+def test_the_time_of_an_environment_is_linear(talk: Talk) -> None:
+    """Of the shell that begins with it, which the kernel counts in nanoseconds."""
+
+    def seconds(count: int) -> float:
+        times = []
+        for _ in range(3):
+            talk.say(b"run", b"1", b"", *[b"%x=" % number for number in range(count)], b"cat /proc/$$/schedstat")
+            assert talk.hear() == [b"exit", b"1", b"0"]
+            times.append(int(talk.printed().split()[0]) / 1e9)
+        return min(times)
+
+    # Of ten times as many variables: the fork and the shell itself take most of the time.
+    assert seconds(5000) < 10 * seconds(500)
+
+
+def test_the_time_of_a_search_among_processes_is_linear(talk: Talk, tmp_path: Path) -> None:
+    """Of a kept command with a long line of descendants, which are told from strangers after each command."""
+    (tmp_path / "line").write_text("if [ $1 -gt 0 ]; then sh line $(($1 - 1)); else echo there; read end; fi\n:\n")
+    times = []
+    for number, count in ((b"2", 60), (b"3", 1000)):
+        (end, more), (mine, output) = os.pipe(), os.pipe()
+        with open(os.devnull) as nothing:
+            talk.say(b"keep", number, b"", b"sh line %d" % count, descriptors=(end, output, nothing.fileno()))
+        assert talk.hear() == [b"done", number, b""]
+        assert os.read(mine, 100) == b"there\n"
+        init_pid = init.descendants(talk.process.pid)[0]
+        start = linux.processor_time(init_pid)
+        for _ in range(10):
+            assert talk.run("true") == [b"exit", b"1", b"0"]
+        times.append(linux.processor_time(init_pid) - start)
+        talk.say(b"kill", number)
+        assert talk.hear()[:2] == [b"exit", number]
+        for descriptor in (end, more, mine, output):
+            os.close(descriptor)
+    assert times[1] < 40 * times[0]
 
 
 def test_a_kept_command_can_be_interrupted(talk: Talk) -> None:

@@ -16,12 +16,7 @@ DOCUMENT = openapi.document(TOOLS)
 PATHS = {(method.upper(), path) for path, operations in DOCUMENT["paths"].items() for method in operations}
 
 
-@pytest.fixture(scope="module", params=["own user"])
-def server(request: pytest.FixtureRequest) -> Any:
-    from tests.sandbox_image.running import running
-
-    with running() as server:
-        yield server
+pytestmark = pytest.mark.any_user
 
 
 def check(value: object, schema: dict[str, Any]) -> None:

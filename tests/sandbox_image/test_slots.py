@@ -8,8 +8,23 @@ import secrets
 import signal
 import time
 
+import pytest
+
 from sandbox_image.box.box import KILL_MARGIN_S
-from tests.sandbox_image.running import Api, RunningServer, alive, eventually, someone_runs
+from sandbox_image.init import descendants
+from tests.sandbox_image.running import (
+    Api,
+    RunningServer,
+    alive,
+    all_started,
+    becomes,
+    begins,
+    command_line,
+    init_of,
+    new_marker,
+    someone_runs,
+)
+from tests.support.waiting import PATIENCE_S
 
 
 async def slots(api: Api) -> dict[str, str]:
@@ -44,25 +59,22 @@ async def test_a_lease_ends_with_the_reset(api: Api) -> None:
     assert (await api.bash("cat log"))["metadata"]["exit_code"] == 1
 
 
-async def test_reset_ends_the_running_call_and_those_that_wait(api: Api) -> None:
-    marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+async def test_reset_ends_the_running_call_and_those_that_wait(api: Api, marker: str) -> None:
     call = {
         "slot_id": "slot_0",
         "tool": "bash",
         "args": {"command": f"touch begun; sleep {marker}"},
         "lease": api.lease,
-        "timeout": 60,
+        "timeout": 1000,
     }
     calls = [asyncio.create_task(api.post("/execute", call)) for _ in range(3)]
-    await asyncio.sleep(0.3)
+    assert await begins(api)
     assert (await slots(api))["slot_0"] == "busy"
     assert (await api.get("/health"))[1]["busy"] == 1
-    start = time.monotonic()
     await api.reset()
     answers = await asyncio.gather(*calls)
-    assert time.monotonic() - start < 5
     assert {failure["kind"] for status, failure in answers} <= {"slot_failed", "lease_expired"}
-    assert not someone_runs(marker)
+    assert await becomes(lambda: not someone_runs(marker))
     assert await api.output("ls -A | wc -l") == "0\n"
 
 
@@ -81,7 +93,7 @@ async def test_reset_does_not_wait_for_deletion(api: Api, server: RunningServer)
     await api.reset()
     trash = server.data / "trash"
     assert await api.output("ls -A | wc -l") == "0\n"
-    assert await asyncio.to_thread(eventually, lambda: not os.listdir(trash), 30)
+    assert await becomes(lambda: not os.listdir(trash))
 
 
 FROZEN = [
@@ -139,16 +151,16 @@ async def test_a_box_that_dies_fails_until_the_reset(api: Api, server: RunningSe
     for victim in ("init", "bubblewrap"):
         await api.reset()
         boxes = [pid for pid in server.inits() if os.getpgid(pid)]
-        marker = f"{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+        marker = new_marker()
         running = asyncio.create_task(api.post("/execute", {
             "slot_id": "slot_0", "tool": "bash", "args": {"command": f"setsid sleep {marker} & sleep {marker}"}, "timeout": 60,
         }))  # fmt: skip
-        assert await asyncio.to_thread(eventually, lambda marker=marker: someone_runs(f"sleep {marker}"))
+        assert await becomes(lambda marker=marker: someone_runs(f"sleep {marker}"))
         init = next(pid for pid in boxes if _runs_below(pid, marker))
         os.kill(init if victim == "init" else _parent(init), signal.SIGKILL)
         status, failure = await running
         assert (status, failure["kind"]) == (502, "slot_failed")
-        assert await asyncio.to_thread(eventually, lambda marker=marker: not someone_runs(marker))
+        assert await becomes(lambda marker=marker: not someone_runs(marker))
         assert (await slots(api))["slot_0"] == "failed"
         for _ in range(2):
             status, failure = await api.post("/execute", {"slot_id": "slot_0", "tool": "bash", "args": {"command": "true"}})
@@ -158,13 +170,14 @@ async def test_a_box_that_dies_fails_until_the_reset(api: Api, server: RunningSe
     assert await api.output("echo well") == "well\n"
 
 
+@pytest.mark.any_user
 async def test_an_init_that_hangs_is_given_up(api: Api, server: RunningServer) -> None:
     os.kill(await init_of(api, server), signal.SIGSTOP)
     start = time.monotonic()
     call = {"slot_id": "slot_0", "tool": "bash", "args": {"command": "true"}, "timeout": 0.3}
     status, failure = await api.post("/execute", call)
-    assert (status, failure["kind"]) == (502, "slot_failed")
-    assert 0.3 + KILL_MARGIN_S <= time.monotonic() - start < 0.3 + KILL_MARGIN_S + 5
+    assert (status, failure["kind"], "init did not answer" in failure["error"]) == (502, "slot_failed", True)
+    assert time.monotonic() - start >= 0.3 + KILL_MARGIN_S
     await api.reset()
     assert await api.output("echo well") == "well\n"
 
@@ -204,7 +217,7 @@ async def test_a_reset_needs_no_box_that_was_started_ahead(api: Api, server: Run
     for pid in server.inits():
         if pid not in in_use:
             os.kill(pid, signal.SIGKILL)
-            assert await asyncio.to_thread(eventually, lambda pid=pid: not alive(pid))
+            assert await becomes(lambda pid=pid: not alive(pid))
     await api.reset()
     assert await api.output("echo well; ls") == "well\n"
     assert (await slots(api))["slot_0"] == "ready"
@@ -221,8 +234,8 @@ async def test_a_slot_full_of_processes_can_be_reset(api: Api) -> None:
     running = asyncio.create_task(api.post("/execute", {
         "slot_id": "slot_0", "tool": "bash", "args": {"command": f"python3 -c '{bomb}'"}, "timeout": 60,
     }))  # fmt: skip
-    # The box for the reset cannot be started meanwhile.
-    await asyncio.sleep(0.7)
+    # A box for the reset cannot be started meanwhile.
+    await asyncio.sleep(0.4)
     await api.reset()
     assert (await running)[0] in (409, 502)
     assert await api.output("echo well; ls -A") == "well\n"
@@ -234,28 +247,14 @@ async def test_many_resets_leave_no_process_or_descriptor(api: Api, server: Runn
 
     await all_started(api, server)
     before = held()
-    for _ in range(20):
+    for _ in range(12):
         await api.reset()
         await api.output("sleep 100 & true")
-    assert await asyncio.to_thread(eventually, lambda: held() <= before), (before, held())
-
-
-async def all_started(api: Api, server: RunningServer) -> None:
-    """Wait until both slots have a box, and one for the next reset each."""
-    await Api(api.session, "slot_1").reset()
-    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
-    # They have to report as well.
-    await asyncio.sleep(0.3)
-
-
-async def init_of(api: Api, server: RunningServer) -> int:
-    """The process outside that is PID 1 of a slot's box."""
-    namespace = (await api.output("readlink /proc/self/ns/pid")).strip()
-    return next(pid for pid in server.inits() if os.readlink(f"/proc/{pid}/ns/pid") == namespace)
+    assert await becomes(lambda: held() <= before), (before, held())
 
 
 async def _becomes(api: Api, state: str) -> bool:
-    for _ in range(200):
+    for _ in range(int(PATIENCE_S / 0.02)):
         if (await slots(api))["slot_0"] == state:
             return True
         await asyncio.sleep(0.02)
@@ -268,7 +267,4 @@ def _parent(pid: int) -> int:
 
 
 def _runs_below(init: int, marker: str) -> bool:
-    from sandbox_image.init import descendants
-    from tests.sandbox_image.running import command_line
-
     return any(marker in command_line(pid) for pid in descendants(init))

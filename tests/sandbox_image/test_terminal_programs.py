@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import time
 
 import pytest
 
 from hermes_envs.screen.decoder import AsciinemaStreamDecoder
 from sandbox_image.protocol import RECORDING_PATH
 from tests.sandbox_image.running import Api
+from tests.support.waiting import PATIENCE_S
 
 if shutil.which("tmux") is None:
     pytest.skip("tmux is not installed", allow_module_level=True)
+
+
+pytestmark = pytest.mark.any_user
 
 
 class Terminal:
@@ -32,40 +37,43 @@ class Terminal:
         """Type, wait for a pattern (or the prompt), and return what is shown then."""
         sent = await self._api.tmux("send_keys", keys=list(keys), block=until is None)
         assert not sent["metadata"]["timeout"], sent
-        for _ in range(200):
-            shown = await self._api.tmux("capture")
-            if until is None or re.search(until, shown["output"], re.MULTILINE):
+        deadline = time.monotonic() + PATIENCE_S
+        while until is not None:
+            shown = (await self._api.tmux("capture"))["output"]
+            if re.search(until, shown, re.MULTILINE):
                 break
-            await asyncio.sleep(0.02)
-        else:
-            pytest.fail(f"no {until!r} in\n{shown['output']}")
-        await asyncio.sleep(0.1)
+            assert time.monotonic() < deadline, f"no {until!r} in\n{shown}"
+            await asyncio.sleep(0.01)
         return await self.compare()
 
     async def resize(self, width: int, height: int) -> str:
-        """Change its size, and give the program the time to notice."""
+        """Change its size, and give the program the time to notice: tmux tells it at most four times a second."""
         await self._api.tmux("resize", pane_width=width, pane_height=height)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
         return await self.compare()
 
     async def compare(self) -> str:
-        """What both show."""
-        for attempt in range(10):
-            shown = await self._api.tmux("capture")
+        """What both show, which must be the same once the program has stopped printing."""
+        for _ in range(20):
+            screen = await self._api.tmux("capture")
             _, content = await self._api.post("/artifacts/read", {"slot_id": self._api.slot, "path": RECORDING_PATH})
             decoder = AsciinemaStreamDecoder.of(content["content"])
-            again = await self._api.tmux("capture")
-            # A program that goes on printing shows something else a moment later.
-            if shown["output"] == again["output"] or attempt == 9:
+            metadata = screen["metadata"]
+            column, line = metadata["cursor"]
+            size = metadata["pane_width"], metadata["pane_height"]
+            shown = (screen["output"].rstrip("\n"), size, metadata["alternate_screen"], (min(column, size[0] - 1), line))
+            decoded = (decoder.text(), decoder.size, decoder.alternate, tuple(decoder.cursor))
+            if shown == decoded:
                 break
-        metadata = shown["metadata"]
-        assert decoder.text() == shown["output"].rstrip("\n")
-        assert (decoder.size, decoder.alternate) == (
-            (metadata["pane_width"], metadata["pane_height"]),
-            metadata["alternate_screen"],
-        )
-        assert list(decoder.cursor) == [min(metadata["cursor"][0], metadata["pane_width"] - 1), metadata["cursor"][1]]
-        return str(shown["output"])
+            await asyncio.sleep(0.05)
+        assert shown == decoded
+        return str(screen["output"])
+
+    async def sees_size(self, text: str) -> None:
+        """Wait until the shell tells this size."""
+        async with asyncio.timeout(PATIENCE_S):
+            while f"\n{text}\n" not in await self.type("clear; echo; stty size", "Enter"):
+                continue
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -160,9 +168,9 @@ async def test_wide_and_joined_characters(api: Api) -> None:
 
 async def test_programs_see_the_size(api: Api) -> None:
     terminal = await Terminal.start(api, width=77, height=11)
-    assert "\n11 77\n" in await terminal.type("stty size", "Enter")
+    await terminal.sees_size("11 77")
     await terminal.resize(99, 17)
-    assert "\n17 99\n" in await terminal.type("stty size", "Enter")
+    await terminal.sees_size("17 99")
     await terminal.type("seq 1 100", "Enter")
     await terminal.resize(50, 6)
     await terminal.resize(50, 25)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -19,10 +18,15 @@ from hypothesis import strategies as st
 from sandbox_image.protocol import RECORDING_PATH
 from sandbox_image.tools.recording import MAX_RECORDING_BYTES, Recording
 from sandbox_image.tools.tmux_pane import is_key_name
-from tests.sandbox_image.running import Api, RunningServer, eventually, running, someone_runs
+from tests.sandbox_image.running import Api, RunningServer, all_started, becomes, running, someone_runs
+from tests.support.growth import slowest
+from tests.support.users import ORDINARY_USER, USERS
+from tests.support.waiting import PATIENCE_S
 
 if shutil.which("tmux") is None:
     pytest.skip("tmux is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.any_user
 
 # Logs each byte that it is given, and says when a text has come to its end.
 TYPEWRITER = """
@@ -58,9 +62,12 @@ async def events(api: Api, **options: object) -> list[list[object]]:
     return [json.loads(line) for line in (await api.tmux("stream", **options))["output"].splitlines()]
 
 
+@pytest.mark.both_users
 async def test_a_terminal_from_start_to_stop(api: Api) -> None:
     await api.output("mkdir -p 'a b'")
-    started = await api.tmux("start", pane_width=61, pane_height=7, cwd="a b", env={"COLOUR": "ü"})
+    # An environment that is larger than a message to the init.
+    variables = {"COLOUR": "ü", **{f"V{number}": "x" * 100 for number in range(300)}}
+    started = await api.tmux("start", pane_width=61, pane_height=7, cwd="a b", env=variables)
     assert started["output"] == "/workspace/a b$"
     assert [started["metadata"][name] for name in ("pane_width", "pane_height", "cursor")] == [61, 7, [16, 0]]
     assert (await command(api, "tty >/dev/null && stty size; echo $COLOUR $TMUX$TMUX_PANE")).endswith(
@@ -78,30 +85,25 @@ async def test_a_terminal_from_start_to_stop(api: Api) -> None:
 
 
 async def test_block_waits_for_the_prompt_and_for_nothing_else(terminal: Api) -> None:
-    start = time.monotonic()
-    shown = await command(terminal, "sleep 0.7; echo slept; PS1='\\w\\$ '; false")
-    assert 0.7 < time.monotonic() - start < 3
+    """What takes as long as it may says that its time was over: nothing of this does, but where that is asked for."""
+    shown = await command(terminal, "sleep 0.5; echo slept; PS1='\\w\\$ '; false")
     assert shown.endswith("slept\n/workspace$")
-    start = time.monotonic()
     for line in ("cd /tmp", "true", "echo '$ '", "/bin/sh -c 'sleep 0.2'", "PS1='> '", "stty -echo", "stty echo"):
         await command(terminal, line)
-    assert time.monotonic() - start < 5
     start = time.monotonic()
-    busy = await terminal.tmux("send_keys", keys=["sleep 60", "Enter"], block=True, max_wait_s=0.4)
+    busy = await terminal.tmux("send_keys", keys=["sleep 1000", "Enter"], block=True, max_wait_s=0.4)
     assert busy["metadata"]["timeout"]
-    assert 0.4 <= time.monotonic() - start < 1.5
+    assert time.monotonic() - start >= 0.4
     interrupted = await terminal.tmux("send_keys", keys="C-c", block=True)
-    assert (interrupted["metadata"]["timeout"], interrupted["output"].endswith("sleep 60\n^C\n>")) == (False, True)
-    start = time.monotonic()
-    late = await terminal.tmux("send_keys", keys=["sleep 60", "Enter"], block=True, timeout=1.0)
+    assert (interrupted["metadata"]["timeout"], interrupted["output"].endswith("sleep 1000\n^C\n>")) == (False, True)
+    late = await terminal.tmux("send_keys", keys=["sleep 1000", "Enter"], block=True, timeout=1.0)
     assert late["metadata"]["timeout"]
-    assert time.monotonic() - start < 1.5
 
 
 async def test_min_wait(terminal: Api) -> None:
     start = time.monotonic()
-    shown = await terminal.tmux("send_keys", keys=["sleep 0.3; echo slept", "Enter"], min_wait_s=0.6)
-    assert 0.6 <= time.monotonic() - start < 1.5
+    shown = await terminal.tmux("send_keys", keys=["sleep 0.1; echo slept", "Enter"], min_wait_s=0.6)
+    assert time.monotonic() - start >= 0.6
     assert "\nslept\n" in shown["output"]
 
 
@@ -127,15 +129,19 @@ def test_names_of_keys() -> None:
     assert [text for text in texts if is_key_name(text)] == []
 
 
+async def shows(api: Api, end: str) -> None:
+    """Wait until the terminal shows this at its end."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not (await api.tmux("capture"))["output"].endswith(end):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def typed(api: Api, *keys: str) -> bytes:
     """The bytes that a program is given when these are typed as text."""
     await api.tool("write_file", {"path": "typewriter.py", "content": TYPEWRITER})
     await api.output("rm -f typed")
     await api.tmux("send_keys", keys=["python3 typewriter.py", "Enter"])
-    for _ in range(100):
-        if (await api.tmux("capture"))["output"].endswith("ready"):
-            break
-        await asyncio.sleep(0.02)
+    await shows(api, "ready")
     await api.tmux("send_keys", keys=[*keys, "\x1c\x1c"], literal=True, block=True)
     content = await api.tool("read_file", {"path": "typed", "encoding": "base64"})
     assert content["success"], content
@@ -200,13 +206,13 @@ async def test_resizing(terminal: Api) -> None:
         "def show(*_): print('size', *os.get_terminal_size(), flush=True)\n"
         "signal.signal(signal.SIGWINCH, show)\nshow()\nwhile True: time.sleep(10)\n"
     )})  # fmt: skip
-    await terminal.tmux("send_keys", keys=["python3 watch.py", "Enter"], min_wait_s=0.5)
+    await terminal.tmux("send_keys", keys=["python3 watch.py", "Enter"])
+    await shows(terminal, "size 80 24")
     resized = await terminal.tmux("resize", pane_width=100, pane_height=30)
     assert (resized["metadata"]["pane_width"], resized["metadata"]["pane_height"]) == (100, 30)
+    await shows(terminal, "size 100 30")
     await terminal.tmux("resize", pane_width=33)
-    # tmux tells programs at most four times a second.
-    await asyncio.sleep(0.6)
-    assert (await terminal.tmux("capture"))["output"].splitlines()[-3:] == ["size 80 24", "size 100 30", "size 33 30"]
+    await shows(terminal, "size 80 24\nsize 100 30\nsize 33 30")
     assert [data for _, kind, data in (await events(terminal))[1:] if kind == "r"] == ["100x30", "33x30"]
 
 
@@ -255,11 +261,10 @@ async def test_the_recording_is_an_artifact(api: Api) -> None:
 
 
 async def test_floods_are_shown_and_not_kept(terminal: Api) -> None:
-    await terminal.tmux("send_keys", keys=["yes 'a long line that says yes' & sleep 1.5; kill $!", "Enter"])
     other = Api(terminal.session, "slot_1")
-    start = time.monotonic()
-    assert await other.output("echo quick") == "quick\n"
-    assert time.monotonic() - start < 1
+    alone = await slowest(lambda: other.output("echo quick"), count=10)
+    await terminal.tmux("send_keys", keys=["yes 'a long line that says yes' & sleep 0.7; kill $!", "Enter"])
+    assert await slowest(lambda: other.output("echo quick"), count=10) < 20 * alone + 0.5
     await terminal.tmux("send_keys", keys=["clear", "Enter"], block=True)
     shown = await command(terminal, "echo end")
     assert shown.endswith("end\n/workspace$")
@@ -286,16 +291,16 @@ async def test_the_end_of_its_shell_is_the_end_of_a_terminal(terminal: Api) -> N
     assert (await terminal.tmux("start"))["output"] == "/workspace$"
 
 
-async def test_it_stays_between_calls_and_ends_with_a_reset(terminal: Api) -> None:
-    marker = f"2{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
+@pytest.mark.both_users
+async def test_it_stays_between_calls_and_ends_with_a_reset(terminal: Api, marker: str) -> None:
     await terminal.tmux("send_keys", keys=[f"(setsid sleep {marker} &); sleep {marker}", "Enter"])
-    assert eventually(lambda: someone_runs(f"sleep {marker}"))
+    assert await becomes(lambda: someone_runs(f"sleep {marker}"))
     await terminal.output("echo a stateless call")
     await terminal.stateful("echo a stateful call; exit")
     assert someone_runs(f"sleep {marker}")
     assert (await terminal.tmux("send_keys", keys="C-c", block=True))["output"].endswith("^C\n/workspace$")
     await terminal.reset()
-    assert not someone_runs(marker)
+    assert await becomes(lambda: not someone_runs(marker))
 
 
 @pytest.mark.parametrize(
@@ -335,16 +340,15 @@ async def test_what_cannot_be_done_is_said(api: Api) -> None:
     assert (await command(api, "echo fine")).endswith("fine\n/workspace$")
 
 
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "ordinary user"])
-async def test_without_isolation(other_user: bool) -> None:
-    with running("--isolation", "none", slots=1, other_user=other_user) as server:
+@pytest.mark.parametrize("user", USERS)
+async def test_without_isolation(user: str, marker: str) -> None:
+    with running("--isolation", "none", slots=1, other_user=user == ORDINARY_USER) as server:
         api = Api.over(server)
         async with api.session:
             await api.tmux("start")
             assert "here" in await command(api, "echo he''re")
-            marker = f"2{secrets.randbelow(10**6)}.{secrets.randbelow(10**9)}"
             await api.tmux("send_keys", keys=[f"setsid sleep {marker} &", "Enter"], block=True)
-            assert eventually(lambda: someone_runs(f"sleep {marker}"))
+            assert await becomes(lambda: someone_runs(f"sleep {marker}"))
             await api.tmux("stop")
             assert not someone_runs(marker)
 
@@ -352,13 +356,10 @@ async def test_without_isolation(other_user: bool) -> None:
 async def test_boxes_hold_no_more_than_they_need(api: Api, server: RunningServer) -> None:
     """Descriptors of the server are given back."""
     descriptors = f"/proc/{server.process.pid}/fd"
-    await Api(api.session, "slot_1").reset()
-    # Two slots, each with the box of its next reset.
-    assert await asyncio.to_thread(eventually, lambda: len(server.inits()) == 4)
-    await asyncio.sleep(0.3)
+    await all_started(api, server)
     before = len(os.listdir(descriptors))
     for _ in range(3):
         await api.tmux("start")
         await api.stateful("true; exit")
         await api.tmux("stop")
-    assert len(os.listdir(descriptors)) <= before + 1
+    assert await becomes(lambda: len(os.listdir(descriptors)) <= before)
