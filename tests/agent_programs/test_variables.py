@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import BackendConfigError, BackendOptions
+from backends import BackendConfigError, BackendOptions, options_with
 from hermes_envs.agent_programs.pool import TerminalPool
 from hermes_envs.agent_programs.variables import terminal_from_variables
 from hermes_envs.errors import ConfigError
@@ -68,3 +68,20 @@ def test_backends_that_this_version_does_not_have_are_refused(mode: str, variabl
 def test_a_pool_of_slots_is_no_backend() -> None:
     with pytest.raises(BackendConfigError, match="'slot_pool' is not available"):
         terminal_from_variables("task", {"TERMINAL_ENV": "slot_pool", "TERMINAL_SLOT_BACKEND": "slot_pool"})
+
+
+def test_a_backend_of_another_package_with_options_of_its_own(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    variables = {
+        "TERMINAL_ENV": "tests.support.other_backend:OtherBackend",
+        "TERMINAL_OTHER_FILE": str(trace),
+        "TERMINAL_LOCAL_SLOTS": "1",
+    }
+    terminal = terminal_from_variables("task", variables)
+    try:
+        assert terminal.execute("echo x")["output"] == "x\n"
+        assert trace.read_text() == "started"
+    finally:
+        terminal.cleanup()
+        options = options_with(BackendOptions, variables["TERMINAL_ENV"])
+        TerminalPool.shared(options(tool_pool_mode=variables["TERMINAL_ENV"], other_file=str(trace), local_slots=1)).close()
