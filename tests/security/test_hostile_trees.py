@@ -60,10 +60,11 @@ async def health(server: RunningServer) -> dict[str, Any]:
         return dict((await api.get("/health"))[1])
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize("name", ["a deep tree", "closed directories"])
 def test_the_usual_removal_gives_up(field: Field, name: str) -> None:
     """The control of the test above."""
-    with open_directory(other_user=True) as directory:
+    with open_directory(other_user=True, memory=True) as directory:
         place = directory / "tree"
         as_nobody = become(65534) if Path("/proc/self").stat().st_uid == 0 else []
         subprocess.run([*as_nobody, "sh", "-c", f"mkdir {place} && cd {place} && {TREES[name]}"], check=True)
