@@ -27,9 +27,10 @@ from sandbox_image import openapi
 from sandbox_image.protocol import ErrorKind
 from sandbox_image.slots import TOOLS
 from tests.sandbox_image.running import RunningServer, running
+from tests.support.waiting import PATIENCE_S
 
 SLOTS = 4
-ANSWER_WITHIN_S = 15.0
+ANSWER_WITHIN_S = PATIENCE_S
 _DOCUMENT = openapi.document(TOOLS)
 _SCHEMAS = _DOCUMENT["components"]["schemas"]
 

@@ -12,6 +12,7 @@ import pytest
 from tests.sandbox_image.running import Api
 from tests.security.field import Field
 from tests.security.table import still_works
+from tests.support.waiting import PATIENCE_S
 
 MARKER = "DONE"
 FORGERIES = {
@@ -39,7 +40,7 @@ async def test_a_forged_exit_status(field: Field, name: str, tool: str) -> None:
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        result = await api.tool(tool, {"command": command}, timeout=20)
+        result = await api.tool(tool, {"command": command}, timeout=PATIENCE_S)
         assert not result["success"]
         assert result["metadata"]["exit_code"] in (3, 137)
 
@@ -64,9 +65,9 @@ async def test_the_pipes_of_a_shell_that_stays(field: Field) -> None:
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        result = await api.tool("bash_stateful", {"command": scribble}, timeout=20)
+        result = await api.tool("bash_stateful", {"command": scribble}, timeout=PATIENCE_S)
         assert result["metadata"]["exit_code"] == 3, result
-        result = await api.tool("bash_stateful", {"command": "echo fine; (exit 4)"}, timeout=20)
+        result = await api.tool("bash_stateful", {"command": "echo fine; (exit 4)"}, timeout=PATIENCE_S)
         assert (result["output"], result["metadata"]["exit_code"]) == ("fine\n", 4)
 
 

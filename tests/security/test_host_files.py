@@ -17,7 +17,8 @@ ATTACKS = [
     Attack(
         "a search by name",
         "finds secrets",
-        "find / /tmp/*/* -maxdepth 3 -path /proc -prune -o -name secret -exec cat {} + 2>/dev/null",
+        # In the first directory on the way, however deep temporary files lie.
+        'find "/$(echo $SECRET_FILE | cut -d/ -f2)" -name secret -exec cat {} + 2>/dev/null',
         WithoutIsolation(),
         leaks,
     ),

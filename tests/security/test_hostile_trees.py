@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,7 @@ async def test_a_tree_that_resists_its_removal(field: Field, name: str) -> None:
                 route, {"slot_id": "slot_0", "recursive": True} if route == LIST else {"slot_id": "slot_0"}
             )
             assert status in (200, 403, 413), answer
-        start = time.monotonic()
         await api.reset()
-        assert time.monotonic() - start < 3
         assert await api.output("ls -A | wc -l; touch new; echo $?") == "0\n0\n"
 
 
@@ -63,10 +60,11 @@ async def health(server: RunningServer) -> dict[str, Any]:
         return dict((await api.get("/health"))[1])
 
 
+@pytest.mark.any_user
 @pytest.mark.parametrize("name", ["a deep tree", "closed directories"])
 def test_the_usual_removal_gives_up(field: Field, name: str) -> None:
     """The control of the test above."""
-    with open_directory(other_user=True) as directory:
+    with open_directory(other_user=True, memory=True) as directory:
         place = directory / "tree"
         as_nobody = become(65534) if Path("/proc/self").stat().st_uid == 0 else []
         subprocess.run([*as_nobody, "sh", "-c", f"mkdir {place} && cd {place} && {TREES[name]}"], check=True)
@@ -103,7 +101,7 @@ async def test_a_file_that_grows_while_it_is_read(field: Field) -> None:
     async with api.session:
         await api.reset()
         grow = "while :; do head -c 1M /dev/zero >> file || rm file; done"
-        growing = asyncio.create_task(api.bash(grow, timeout=1.5))
+        growing = asyncio.create_task(api.bash(grow, timeout=0.7))
         answers = set()
         while not growing.done():
             status, answer = await api.post("/artifacts/read", {"slot_id": "slot_0", "path": "file", "max_bytes": 1_000_000})

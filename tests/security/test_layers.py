@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-from tests.sandbox_image.running import Api
+from tests.sandbox_image.running import Api, begins
 from tests.security.attack import Attack
 from tests.security.field import Field
 from tests.security.sites import Outside
@@ -98,11 +98,11 @@ async def test_a_frozen_slot_keeps_nothing(field: Field) -> None:
     api = Api.over(field.server)
     async with api.session:
         await api.reset()
-        hold = "exec 3> data; (while :; do echo spoiled >&3; sleep 0.01; done) & wait"
+        hold = "exec 3> data; (while :; do echo spoiled >&3; touch begun; sleep 0.01; done) & wait"
         running = asyncio.create_task(
-            api.post("/execute", {"slot_id": "slot_0", "tool": "bash", "args": {"command": hold}, "timeout": 1})
+            api.post("/execute", {"slot_id": "slot_0", "tool": "bash", "args": {"command": hold}, "timeout": 0.3})
         )
-        await asyncio.sleep(0.3)
+        assert await begins(api)
         name = f"layer-{secrets.token_hex(4)}"
         assert (await api.post("/layers", {"slot_id": "slot_0", "name": name}))[0] == 200
         await running

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.sandbox_image.running import Api, eventually
+from tests.sandbox_image.running import Api, begins, eventually
 from tests.security.attack import Attack, python
 from tests.security.field import Field
 from tests.security.sites import Outside, strike_over
@@ -153,10 +153,10 @@ async def between(field: Field, victim: Attack, attacker: Attack) -> str:
         await one.reset()
         await two.reset()
         running = asyncio.create_task(strike_over(one, victim, field))
-        for _ in range(500):
-            if running.done() or (await one.post("/artifacts/read", {"slot_id": one.slot, "path": "ready"}))[0] == 200:
-                break
-            await asyncio.sleep(0.01)
+        # One that fails tells nothing to anybody.
+        waiting = asyncio.create_task(begins(one, "ready"))
+        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
         taken = await strike_over(two, attacker, field)
         await one.reset()
         await running

@@ -20,6 +20,7 @@ from tests.security.attack import Attack, kills, leaks, python
 from tests.security.field import Field, field_of
 from tests.security.sites import BoxWithout, InSlot, Outside
 from tests.security.table import each, hold, still_works
+from tests.support.waiting import PATIENCE_S
 
 _VICTIM = """
 import subprocess
@@ -257,7 +258,7 @@ async def test_a_kill_of_the_own_group(field: Field) -> None:
         *group, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     try:
-        said = (await asyncio.wait_for(bystander.communicate(), 10))[0].split()
+        said = (await asyncio.wait_for(bystander.communicate(), PATIENCE_S))[0].split()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(bystander.pid, signal.SIGKILL)
@@ -288,7 +289,7 @@ async def test_the_terminal_of_whoever_started_the_server(field: Field) -> None:
         control = await asyncio.create_subprocess_exec(
             "setsid", "--ctty", *command, env=environment, stdin=slave, stdout=subprocess.PIPE
         )
-        assert b"BREACH" in (await asyncio.wait_for(control.communicate(), 10))[0]
+        assert b"BREACH" in (await asyncio.wait_for(control.communicate(), PATIENCE_S))[0]
         assert b"shown to the user" in os.read(master, 1000)
     with open_directory() as directory, terminal() as (master, slave):
         server = launch(["setsid", "--ctty", sys.executable, *server_command(directory)], directory, stdin=slave)
@@ -335,7 +336,7 @@ async def test_an_answer_in_the_name_of_the_init(field: Field) -> None:
         control = await asyncio.create_subprocess_exec(
             "sh", "-c", FORGE, pass_fds=(theirs.fileno(),), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        assert b"BREACH" in (await asyncio.wait_for(control.communicate(), 10))[0]
+        assert b"BREACH" in (await asyncio.wait_for(control.communicate(), PATIENCE_S))[0]
         assert ours.recv(100).startswith(b"exit\0")
     api = Api.over(field.server)
     async with api.session:
