@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from backends.client import SlotServerClient
 from backends.codec import EncodedCall, Outcome, RefusedError
-from backends.errors import SandboxError
+from backends.errors import SandboxError, SandboxUnavailableError
 from backends.http import ConnectionLostError, NotDeliveredError
 from sandbox_image.protocol import MAX_BATCH_ITEMS, ExecuteRequest, ExecutionResult
 
@@ -61,6 +61,8 @@ class Dispatcher:
         now = asyncio.get_running_loop().time()
         while self._scopes:
             self._scopes.pop().reschedule(now)
+        for trip in self._batches:
+            trip.cancel()
 
     async def close(self, error: SandboxError) -> None:
         """`fail`, and wait until nothing is under way."""
@@ -109,8 +111,8 @@ class _Batch:
             return await outcome
         finally:
             self._waiting -= 1
-            if outcome.cancelled() and not self._waiting:
-                # The last caller went away.
+            if not self._waiting and not self.trip.done() and any(other.cancelled() for _, other in self._calls):
+                # Nobody waits for what is still under way.
                 self._closed = True
                 self.trip.cancel()
 
@@ -118,18 +120,21 @@ class _Batch:
         await asyncio.sleep(window_s)
         self._closed = True
         aboard = [(call, outcome) for call, outcome in self._calls if not outcome.done()]
-        reason: SandboxError | None = None
+        reason: SandboxError | None = SandboxUnavailableError("the call was given up")
         try:
             if len(aboard) > 1:
                 calls = [call for call, _ in aboard]
                 await client.execute_many(calls, lambda index, outcome: _settle(aboard[index][1], outcome))
+            reason = None
         except (RefusedError, NotDeliveredError, ConnectionLostError):
             # Each is asked for alone, under its `execution_id`: a bad call, or a broken connection, harms no other call.
-            pass
+            reason = None
         except SandboxError as error:
             reason = error
-        for _, outcome in aboard:
-            _settle(outcome, reason)
+        finally:
+            # However the trip ends: a caller without an outcome would wait for ever.
+            for _, outcome in aboard:
+                _settle(outcome, reason)
 
 
 def _settle(future: asyncio.Future[Outcome | None], outcome: Outcome | None) -> None:

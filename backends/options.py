@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sandbox_image.box.defences import REMEDIES
 from sandbox_image.box.network import Destination
 from sandbox_image.options import LEAST_PROCESSES
 from sandbox_image.protocol import LEAST_MEMORY_BYTES, MAX_BATCH_ITEMS, WORKSPACE_BYTES, WORKSPACE_INODES
+
+
+def _split_at_commas(value: object) -> object:
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    return value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
+"""The type of an option that is a list in YAML, and names separated by commas, or JSON, in a flag or a variable."""
 
 
 class PoolOptions(BaseModel):
@@ -19,7 +38,7 @@ class PoolOptions(BaseModel):
     allow_network: bool = Field(
         False, description="Whether the agent's slots reach the internet, by HTTP and HTTPS; layers are always built with it."
     )
-    network_allowed_hosts: list[str] = Field(
+    network_allowed_hosts: Names = Field(
         default_factory=list,
         description="`HOST` or `HOST:PORT` outside of the internet that slots with network reach, such as a package index.",
     )
@@ -38,7 +57,7 @@ class PoolOptions(BaseModel):
         4 * 1024**3, ge=LEAST_MEMORY_BYTES, description="Memory of a slot; of each process where there are no control groups."
     )
     slot_processes: int = Field(1024, ge=LEAST_PROCESSES, description="Most processes of a slot, threads included.")
-    required_defences: list[str] = Field(
+    required_defences: Names = Field(
         default_factory=list,
         description="Defences without which no sandbox starts, beside the basics of isolation; see `hermes-envs doctor`.",
     )

@@ -56,15 +56,6 @@ __all__ = ["AgentEnv", "AgentEnvConfig", "AgentTask", "OrderedEnv"]
 logger = logging.getLogger(__name__)
 
 
-def _check_stateful_tools(config: AgentEnvConfig, executor: ToolExecutor) -> None:
-    stateful = [tool.name for tool in executor.tools.values() if tool.keeps_state]
-    if stateful and config.require_stateful_sandbox and config.local_isolation == "none":
-        raise ConfigError(
-            f"require_stateful_sandbox: {', '.join(stateful)} would run without isolation; set it to false, or local_isolation "
-            "to bubblewrap"
-        )
-
-
 class AgentEnv(BaseEnv):  # type: ignore[misc]
     """Rolls an agent out on tasks and scores what it did.
 
@@ -95,7 +86,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
     ) -> None:
         servers = usable_endpoints(config.policy, server_configs)
         self.executor = ToolExecutor(self.toolsets.resolve(config.enabled_toolsets, config.disabled_toolsets), config)
-        _check_stateful_tools(config, self.executor)
+        self.executor.require_isolation(config.local_isolation != "none")
         # The trainer's API refuses an environment without a name.
         config = config.model_copy(update={"wandb_name": config.wandb_name or self.name})
         if config.policy != "tokens":
@@ -233,19 +224,20 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         rollout_id = trajectory_id or f"{self.item_name(task.item)}-{secrets.token_hex(4)}"
         agent = Agent(self.executor, self.build_agent_config(task.item))
         limits, stopwatch = task.limits, Stopwatch()
+        longest = limits.rollout_s or self.config.rollout_timeout_s
         async with AsyncExitStack() as stack:
             with stopwatch.measure("setup"):
                 slot = await stack.enter_async_context(self._slot(rollout_id, task))
-                deadline = time_limit(limits.rollout_s or self.config.rollout_timeout_s)
+                deadline = time_limit(longest)
                 workspace = Workspace(self.backend, slot)
-                async with phase_limit("set-up", limits.setup_s):
+                async with phase_limit("set-up", min(limits.setup_s or longest, longest)):
                     await self.setup_trajectory_workspace(task, workspace)
             conversation = self.policy.start(rollout_id, tools=self.executor.schemas, reference=task.reference)
             if limits.agent_s is not None:
                 deadline = min(deadline, time_limit(limits.agent_s))
             episode = await agent.run(task.prompt, conversation, workspace, stopwatch, deadline=deadline)
             with stopwatch.measure("grading"):
-                async with phase_limit("grading", limits.grading_s):
+                async with phase_limit("grading", limits.grading_s or longest):
                     if self.policy.validates:
                         await self.validate_task(task, workspace)
                     score = await self.verify_and_score_trajectory(task, episode, workspace)
@@ -341,7 +333,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         """As `ServedEnvironment.limit_requests`."""
         self.policy.endpoints.limit_requests(weight)
 
-    async def collect_trajectories(self, item: Any) -> tuple[list[dict[str, Any]] | None, list[Any]]:
+    async def collect_trajectories(self, item: Any) -> tuple[list[dict[str, Any]] | None, list[FailedRollout]]:
         """As `ServedEnvironment.collect_trajectories`: items of exactly the registered size, or None."""
         started = time.monotonic()
         try:
@@ -352,7 +344,7 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         if group.failures:
             reasons = "; ".join(failure.reason for failure in group.failures)
             logger.warning("%s: group dropped: %s", group.name, reasons)
-            return None, []
+            return None, list(group.failures)
         items = group.items()
         for data in items:
             # The trainer's API rejects a group that overrides its size.

@@ -9,13 +9,13 @@ from atroposlib.envs.base import BaseEnvConfig
 from pydantic import ConfigDict, Field
 
 from backends import BackendOptions
+from backends.options import Names
 from hermes_envs.policies import PolicyOptions
 from hermes_envs.rollouts.agent import AgentOptions
 from hermes_envs.runs.evaluation import EvaluationOptions
 from hermes_envs.runs.group_queue import QueueOptions
 from hermes_envs.tools.executor import ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions
-from hermes_envs.tools.toolsets import Names
 
 
 class AgentEnvConfig(
@@ -42,8 +42,8 @@ class AgentEnvConfig(
     rollout_timeout_s: float = Field(
         7200.0,
         gt=0,
-        description="Longest that a rollout may take, from when it has a slot until it is graded; an agent that is still at "
-        "work then ends with `timeout`.",
+        description="Longest that set-up and agent may take, from when there is a slot: an agent that is still at work then "
+        "ends with `timeout`. Grading may take as long again.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="What is logged to standard error; `debug` has what slot servers say, too."

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from backends.options import Names
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError, DatasetError
 from hermes_envs.maths.answer_checker import AnswerChecker
@@ -20,7 +21,6 @@ from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tasks.task_order import TaskOrder
 from hermes_envs.tasks.task_set import TaskSet
 from hermes_envs.tools.call import ToolCall
-from hermes_envs.tools.toolsets import Names
 from hermes_envs.workspace import Workspace, explain
 
 SYSTEM_PROMPT = r"""You solve maths problems. Use the tool `python` for calculations: it runs a script and returns what that

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from backends.options import Names
 from hermes_envs.env import AgentEnvConfig, AgentTask, OrderedEnv
 from hermes_envs.errors import ConfigError
 from hermes_envs.tasks.task_order import TaskOrder
-from hermes_envs.tools.toolsets import Names
 
 SYSTEM_PROMPT = "Answer in one short sentence."
 

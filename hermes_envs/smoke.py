@@ -15,13 +15,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from backends.errors import SandboxError
+from backends.options import Names
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.errors import ConfigError
 from hermes_envs.policies.base import Reference
 from hermes_envs.rollouts.trajectory import Episode, Score
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.tools.sha256 import SHA256
-from hermes_envs.tools.toolsets import Names
 from hermes_envs.workspace import Workspace
 
 FILE = "token.txt"

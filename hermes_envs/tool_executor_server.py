@@ -33,6 +33,7 @@ from pydantic_settings import SettingsConfigDict
 from backends import BackendOptions, ToolBackend, create_tool_backend, options_with
 from backends.base import Slot
 from backends.errors import SandboxError
+from backends.options import Names
 from hermes_envs.errors import HermesEnvsError
 from hermes_envs.services.http_service import (
     Body,
@@ -50,7 +51,7 @@ from hermes_envs.services.trajectory_slots import TrajectorySlots
 from hermes_envs.tools.call import ToolCall, UnusableCallError
 from hermes_envs.tools.executor import ToolExecutor, ToolOptions
 from hermes_envs.tools.tool_server_client import ToolServerOptions, external_tools
-from hermes_envs.tools.toolsets import Names, Toolsets
+from hermes_envs.tools.toolsets import Toolsets
 from hermes_envs.workspace import Workspace
 from sandbox_image.protocol import (
     DEFAULT_ARTIFACT_BYTES,
@@ -226,6 +227,7 @@ async def serve(options: ToolExecutorServerOptions) -> None:
     stop = stop_signal()
     executor = ToolExecutor(Toolsets().resolve(options.enabled_toolsets, options.disabled_toolsets), options)
     async with external_tools(options, ()) as external, create_tool_backend(options) as backend:
+        executor.require_isolation(options.local_isolation != "none")
         executor.offer(external)
         slots = TrajectorySlots(backend, options.idle_timeout_s)
         server = ToolExecutorServer(backend, executor, slots, options)

@@ -22,11 +22,11 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from backends.options import Names
 from hermes_envs.errors import ConfigError
 from hermes_envs.services.http_service import Body, HttpService, announce, get, post, result_json, stop_signal, unusable_json
 from hermes_envs.services.options import ServiceOptions
 from hermes_envs.tools.external import ExternalTool, ExternalToolbox
-from hermes_envs.tools.toolsets import Names
 from sandbox_image.protocol import MAX_TIMEOUT_S
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import json
 import os
 import threading
 from collections.abc import Coroutine, Mapping
 from typing import Any, ClassVar, TypeVar
+
+from pydantic import SecretStr
 
 from backends import BackendOptions, create_tool_backend, options_with
 from backends.base import ToolBackend
@@ -17,6 +20,11 @@ from hermes_envs.services.trajectory_slots import TrajectorySlots
 from sandbox_image.protocol import ExecutionResult
 
 Result = TypeVar("Result")
+
+
+def _plain(value: object) -> str:
+    # Options that differ in a secret alone are other options.
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 class TerminalPool:
@@ -54,7 +62,7 @@ class TerminalPool:
         """
         # Threads do not survive a fork: a child process needs a pool of its own.
         of_backend = set(options_with(BackendOptions, options.tool_pool_mode).model_fields)
-        key = f"{os.getpid()} {options.model_dump_json(include=of_backend)}"
+        key = f"{os.getpid()} {json.dumps(options.model_dump(include=of_backend), default=_plain)}"
         with cls._shared_lock:
             pool = cls._shared.get(key)
             if pool is None or pool._closed:

@@ -109,5 +109,5 @@ class Endpoints(Generic[E]):
 
 def _pause_s(reason: EngineUnavailableError, attempt: int) -> float:
     if reason.retry_after_s is not None:
-        return reason.retry_after_s
+        return max(reason.retry_after_s, BACKOFF_S)
     return min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -107,7 +107,7 @@ class Agent:
 
     async def _observe(self, call: ToolCall, workspace: Workspace, counts: ToolCounts, deadline: float) -> Message:
         if self._options.agent_tool_delay_s:
-            await asyncio.sleep(self._options.agent_tool_delay_s)
+            await asyncio.sleep(min(self._options.agent_tool_delay_s, max(_remaining(deadline), 0.0)))
         result = await self._executor.execute(workspace, call, timeout_s=max(_remaining(deadline), _LEAST_TOOL_S))
         counts.count(result)
         return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result.content}

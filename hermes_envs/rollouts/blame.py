@@ -46,6 +46,6 @@ async def attempt(
         except HermesEnvsError:
             raise
         except Exception as reason:
-            problem = f"defect in {env_name}: {type(reason).__name__}: {reason}"
+            problem = f"{type(reason).__name__} in {env_name}: {reason}"
             logger.exception("%s: %s", name, problem)
             return FailedRollout(name, problem, number, "defect")

@@ -15,8 +15,8 @@ def time_limit(seconds: float) -> float:
 
 
 @asynccontextmanager
-async def phase_limit(phase: str, seconds: float | None) -> AsyncIterator[None]:
-    """Limit the length of a block; None is no limit.
+async def phase_limit(phase: str, seconds: float) -> AsyncIterator[None]:
+    """Limit the length of a block.
 
     Raises:
         PhaseTimeoutError: it took longer.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,11 +57,21 @@ class ToolCounts:
 
 @dataclass(frozen=True)
 class Score:
-    """A reward, and why in one line. `details` goes into the trajectory's metadata."""
+    """A reward, and why in one line. `details`, anything that JSON can say, goes into the trajectory's metadata."""
 
     value: float
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what no trainer could use and no file could hold.
+
+        Raises:
+            TypeError, ValueError: the value is no finite number, or the details are not JSON.
+        """
+        if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+            raise ValueError(f"a score is a finite number, not {self.value!r}")
+        json.dumps(self.details, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,13 @@ class Episode:
         return ""
 
     def scored(self, score: Score) -> Trajectory:
-        """The finished rollout."""
+        """The finished rollout.
+
+        Raises:
+            TypeError: an environment has returned something else than a score.
+        """
+        if not isinstance(score, Score):
+            raise TypeError(f"verify_and_score_trajectory returned {score!r}, not a Score")
         return Trajectory(**vars(self), score=score)
 
 
@@ -96,6 +114,7 @@ class Trajectory(Episode):
     def metadata(self) -> dict[str, Any]:
         """What the record keeps beside tokens and messages."""
         return {
+            **self.score.details,
             "trajectory_id": self.trajectory_id,
             "end": self.end,
             "steps": self.steps,
@@ -107,5 +126,4 @@ class Trajectory(Episode):
             "tool_errors": self.tool_counts.errors,
             "seconds": {phase: round(seconds, 4) for phase, seconds in self.stopwatch.seconds.items()},
             "score_reason": self.score.reason,
-            **self.score.details,
         }

@@ -15,7 +15,7 @@ import wandb
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from hermes_envs.rollouts.group import Group
+from hermes_envs.rollouts.group import Blame, Group
 from hermes_envs.runs.collection import CollectedEnvironment, collect
 from hermes_envs.runs.summary import Summary
 
@@ -138,6 +138,15 @@ def _log(env: EvaluatedEnvironment, evaluation: Evaluation) -> None:
         wandb.log({f"{prefix}{name}": value for name, value in evaluation.metrics().items()}, step=env.curr_step)
 
 
+_RECORDED: dict[Blame, str] = {
+    "infrastructure": "infrastructure_errors",
+    "task": "set_aside",
+    "defect": "defects",
+    "unscored": "not_scored",
+}
+"""The names of failures in records."""
+
+
 class _Record:
     """Appends to `items.jsonl` as each item ends, and to `evaluations.jsonl` at the end; earlier evaluations stay."""
 
@@ -168,16 +177,15 @@ class _Record:
             }
             for trajectory in group.trajectories
         ]
-        errors = {failure.trajectory_id: failure.reason for failure in group.failures if failure.blame != "defect"}
-        defects = {failure.trajectory_id: failure.reason for failure in group.blamed("defect")}
-        facts = {"item": group.name, "rollouts": rollouts, "infrastructure_errors": errors, "defects": defects}
-        await self._append("items.jsonl", facts)
+        failures = {blame: {failure.trajectory_id: failure.reason for failure in group.blamed(blame)} for blame in _RECORDED}
+        facts = {"item": group.name, "rollouts": rollouts}
+        await self._append("items.jsonl", facts | {name: failures[blame] for blame, name in _RECORDED.items()})
 
     async def conclude(self, evaluation: Evaluation) -> None:
         """Write down the figures."""
         seconds = round(time.time() - self._started, 3)
         metrics = {name.removeprefix("eval/"): value for name, value in evaluation.metrics().items()}
-        failures = {"infrastructure_errors": evaluation.failure_reasons, "defects": evaluation.defects}
+        failures = {name: evaluation.failures[blame] for blame, name in _RECORDED.items()}
         facts = {**self._facts, "seconds": seconds, "metrics": metrics, **failures}
         await self._append("evaluations.jsonl", facts)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hermes_envs.errors import NothingCollectedError
+from backends.teardown import finish
 from hermes_envs.rollouts.group import FailedRollout, Group
 from hermes_envs.runs.reporter import Reporter
 from hermes_envs.runs.summary import Summary
@@ -69,9 +69,17 @@ class GroupQueue:
                 for task in done:
                     await self._finish(task, running, summary)
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await finish(self._wind_up(running, summary))
+
+    async def _wind_up(self, running: dict[asyncio.Task[Group], _Attempt], summary: Summary) -> None:
+        """Cancel what runs, and keep what has ended: one that ended a run need not cost the groups that ended with it."""
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for task, attempt in running.items():
+            if not task.cancelled() and task.exception() is None and task.result().trajectories:
+                summary.add(task.result())
+                await self.save(attempt.item, task.result())
 
     def _start(self, running: dict[asyncio.Task[Group], _Attempt], attempt: _Attempt) -> None:
         running[asyncio.create_task(self._roll_out(attempt.item), name="group")] = attempt
@@ -91,18 +99,11 @@ class GroupQueue:
         self.reporter.finished(group, time.perf_counter() - attempt.started)
         first_groups = max(3, self.options.max_concurrent_groups)
         summary.give_up_on_defects(first_groups)
-        self._give_up_if_hopeless(summary, first_groups)
+        summary.give_up_if_hopeless(first_groups)
 
     def _cancelled_group(self, item: Any) -> Group:
         name = self.item_name(item)
         return Group.of(name, [FailedRollout(f"{name}-{index}", "its task was cancelled", 1) for index in range(self.size)])
-
-    def _give_up_if_hopeless(self, summary: Summary, first_groups: int) -> None:
-        """An engine that is not there fails every group alike: the whole task set would only say it again."""
-        failed = summary.failed_groups - len(summary.set_aside)
-        if summary.groups == 0 and failed >= first_groups:
-            last_reason = next(reversed(summary.failure_reasons.values()))
-            raise NothingCollectedError(f"all of the first {failed} groups failed; the last because of {last_reason}")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from hermes_envs.rollouts.group import Group
+from hermes_envs.rollouts.group import Blame, Group
 from hermes_envs.runs.summary import Summary
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_LABELS: dict[Blame, str] = {
+    "task": "set aside",
+    "defect": "defect",
+    "unscored": "not scored",
+    "infrastructure": "infrastructure error",
+}
 
 
 class Reporter:
@@ -58,10 +66,9 @@ class Reporter:
     def conclude(self, summary: Summary) -> None:
         """Print the account, and each reason why something is missing from it."""
         self._console.print(summary.table(self._title))
-        problems = [f"set aside: {name}: {reason}" for name, reason in summary.set_aside.items()]
-        problems += [f"{reason} (rollout {name})" for name, reason in summary.defects.items()]
-        problems += [f"not scored: {name}: {reason}" for name, reason in summary.unscored.items()]
-        problems += [f"infrastructure error: {name}: {reason}" for name, reason in summary.failure_reasons.items()]
+        problems = [
+            f"{label}: {name}: {reason}" for blame, label in _LABELS.items() for name, reason in summary.failures[blame].items()
+        ]
         problems += [f"row skipped: {reason}" for reason in summary.skipped_rows]
         for problem in problems[:50]:
             self._console.print(problem, markup=False, highlight=False)

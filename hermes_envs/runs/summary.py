@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from hermes_envs.errors import EnvironmentDefectError
-from hermes_envs.rollouts.group import Group
+from hermes_envs.errors import EnvironmentDefectError, NothingCollectedError
+from hermes_envs.rollouts.group import Blame, Group
 from hermes_envs.rollouts.trajectory import Phase
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ class Summary:
     score_sum: float = 0.0
     solved_share_sum: float = 0.0
     seconds: dict[Phase, float] = field(default_factory=dict)
-    failure_reasons: dict[str, str] = field(default_factory=dict)
-    """Rollouts that infrastructure ended, and how; as `unscored` and `defects`."""
-    unscored: dict[str, str] = field(default_factory=dict)
-    defects: dict[str, str] = field(default_factory=dict)
-    set_aside: dict[str, str] = field(default_factory=dict)
+    failures: dict[Blame, dict[str, str]] = field(default_factory=lambda: {blame: {} for blame in get_args(Blame)})
+    """The reasons of rollouts without a score, by what is to blame; a task that is set aside is named once for all of its."""
+    groups_set_aside: int = 0
+    last_failure: str = ""
     skipped_rows: list[str] = field(default_factory=list)
     groups_served: int = 0
     """Finished groups that were for a trainer; `groups_dropped` counts those that were not, by the reason."""
@@ -43,17 +42,11 @@ class Summary:
         self.infrastructure_errors += len(group.blamed("infrastructure")) + len(group.blamed("task"))
         self.groups_with_defects += bool(group.blamed("defect"))
         for failure in group.failures:
-            match failure.blame:
-                case "defect":
-                    self.defects[failure.trajectory_id] = failure.reason
-                case "task":
-                    self.set_aside[group.name] = failure.reason
-                case "unscored":
-                    self.unscored[failure.trajectory_id] = failure.reason
-                case "infrastructure":
-                    self.failure_reasons[failure.trajectory_id] = failure.reason
+            name = group.name if failure.blame == "task" else failure.trajectory_id
+            self.failures[failure.blame][name] = self.last_failure = failure.reason
         if not group.trajectories:
             self.failed_groups += 1
+            self.groups_set_aside += bool(group.blamed("task"))
             return
         self.groups += 1
         self.trajectories += len(group.trajectories)
@@ -71,8 +64,18 @@ class Summary:
             EnvironmentDefectError: each of the first `first_groups` groups, and there are so many, had a defect.
         """
         if self.groups_with_defects == self.groups + self.failed_groups >= first_groups:
-            last = next(reversed(self.defects.values()))
+            last = next(reversed(self.failures["defect"].values()))
             raise EnvironmentDefectError(f"all of the first {self.groups_with_defects} groups had one, the last: {last}")
+
+    def give_up_if_hopeless(self, first_groups: int) -> None:
+        """End a run in which nothing works: an engine that is not there fails every group alike.
+
+        Raises:
+            NothingCollectedError: each of the first `first_groups` groups, and there are so many, failed.
+        """
+        failed = self.failed_groups - self.groups_set_aside
+        if self.groups == 0 and failed >= first_groups:
+            raise NothingCollectedError(f"all of the first {failed} groups failed; the last because of {self.last_failure}")
 
     @property
     def mean_score(self) -> float:
@@ -97,11 +100,11 @@ class Summary:
             "mean score": f"{self.mean_score:.3f}",
             "pass@1": f"{self.pass_at_1:.3f}",
             "infrastructure errors": self.infrastructure_errors,
-            **({"defects of the environment": len(self.defects)} if self.defects else {}),
-            **({"not scored": len(self.unscored)} if self.unscored else {}),
+            **({"defects of the environment": len(defects)} if (defects := self.failures["defect"]) else {}),
+            **({"not scored": len(unscored)} if (unscored := self.failures["unscored"]) else {}),
             "tool calls": self.tool_calls,
             **{f"seconds in {phase}": f"{seconds:.1f}" for phase, seconds in self.seconds.items()},
-            "tasks set aside": len(self.set_aside),
+            "tasks set aside": len(self.failures["task"]),
             "rows skipped": len(self.skipped_rows),
         }
         if self.groups_served or self.groups_dropped:

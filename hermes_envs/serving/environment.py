@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from hermes_envs.rollouts.group import FailedRollout
 from hermes_envs.runs.summary import Summary
 from hermes_envs.serving.data_order import DataOrder
 from hermes_envs.serving.outbox import Item
@@ -42,8 +43,8 @@ class ServedEnvironment(Protocol):
     async def wandb_log(self, metrics: dict[str, Any]) -> None:
         """Send metrics."""
 
-    async def collect_trajectories(self, item: Any) -> tuple[list[Item] | None, list[Any]]:
-        """Roll a group out: what a trainer gets of it, None if some rollout has no score. The second part is atroposlib's."""
+    async def collect_trajectories(self, item: Any) -> tuple[list[Item] | None, list[FailedRollout]]:
+        """Roll a group out: what a trainer gets of it, None if some rollout has no score, and those rollouts."""
 
     async def record_items(self, items: list[Item], item: Any) -> None:
         """Count what goes to a trainer, and write it down where that is wanted."""

@@ -20,7 +20,7 @@ from typing import Any
 from atroposlib.envs.base import EvalHandlingEnum
 
 from backends.teardown import finish
-from hermes_envs.errors import ConfigError
+from hermes_envs.errors import ConfigError, HermesEnvsError
 from hermes_envs.runs.reporter import Reporter
 from hermes_envs.serving.data_order import Ticket
 from hermes_envs.serving.environment import ServedEnvironment
@@ -61,7 +61,9 @@ def check_options(config: Any) -> None:
     if config.inference_weight <= 0:
         raise ConfigError("inference_weight: the API divides by the sum of all weights; it must be above 0")
     if config.worker_timeout > 0:
-        limits = {name: limit for name, limit in config.model_dump().items() if name.endswith("timeout_s")}
+        limits = {
+            name: limit for name, limit in config.model_dump().items() if name.endswith("timeout_s") and limit is not None
+        }
         if "rollout_timeout_s" not in config.model_fields_set:
             # Its default is there to end what hangs.
             del limits["rollout_timeout_s"]
@@ -108,10 +110,13 @@ class Serving:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop, task)
+        problem: HermesEnvsError | None = None
         try:
             async with self._api:
                 try:
                     await self._serve()
+                except HermesEnvsError as reason:
+                    problem = reason
                 finally:
                     await finish(self._wind_up())
         except asyncio.CancelledError:
@@ -119,6 +124,9 @@ class Serving:
                 raise
         finally:
             self._reporter.conclude(self._env.summary)
+        # Whatever has ended serving is said, even if a stop came while it was winding up.
+        if problem is not None:
+            raise problem
 
     def _stop(self, task: asyncio.Task[Any]) -> None:
         if not self._told_to_stop:
@@ -245,13 +253,14 @@ class Serving:
         limit_s = self._config.worker_timeout if self._config.worker_timeout > 0 else None
         try:
             async with asyncio.timeout(limit_s) as limit:
-                items, _ = await self._env.collect_trajectories(item)
+                items, failures = await self._env.collect_trajectories(item)
         except TimeoutError:
             if not limit.expired():
                 raise
             return self._drop(item, f"worker_timeout of {limit_s:g} s")
         if not items:
-            self._rest_after_failures()
+            if any(failure.blame != "unscored" for failure in failures):
+                self._rest_after_failures()
             return self._drop(item, INCOMPLETE)
         self._failures_in_a_row = 0
         if problem := self._problem(items):

@@ -16,8 +16,8 @@ class TaskLimits:
 
     Wall times are in seconds. `setup_s` and `grading_s` limit hooks of the environment: more is an infrastructure failure.
     `agent_s` limits the agent, `rollout_s` set-up and agent together from when there is a slot: an agent that is still at work
-    then ends with `timeout`. `network` True needs `allow_network`; False takes the network away from this task alone.
-    `memory_bytes` lowers the slot's limit.
+    then ends with `timeout`, and grading may take as long again. `network` True needs `allow_network`; False takes the network
+    away from this task alone. `memory_bytes` lowers the slot's limit.
     """
 
     setup_s: float | None = None

@@ -39,6 +39,19 @@ class ToolExecutor:
         self._options = options
         self._external: ExternalTools = NoExternalTools()
 
+    def require_isolation(self, isolated: bool) -> None:
+        """Refuse to keep something running in slots without isolation, unless `require_stateful_sandbox` is false.
+
+        Raises:
+            ConfigError: a tool would.
+        """
+        stateful = [tool.name for tool in self.tools.values() if tool.keeps_state]
+        if stateful and self._options.require_stateful_sandbox and not isolated:
+            raise ConfigError(
+                f"require_stateful_sandbox: {', '.join(stateful)} would run without isolation; set it to false, or "
+                "local_isolation to bubblewrap"
+            )
+
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """The tools as a chat template or an endpoint takes them."""

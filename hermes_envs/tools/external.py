@@ -122,8 +122,9 @@ class ExternalToolbox(ExternalTools):
             await asyncio.wait([task], timeout=timeout_s)
             if task.done() and not task.cancelled():
                 return task.result()
-            reason_text = "it was cancelled" if task.done() else f"timed out after {timeout_s:g} s"
-            return ExecutionResult(success=False, output="", error=reason_text, metadata={"timeout": not task.done()})
+            if task.done():
+                return ExecutionResult(success=False, output="", error="it was cancelled", metadata={"timeout": False})
+            return _timed_out(timeout_s)
         finally:
             # A tool that ignores the cancellation keeps its place until it ends.
             task.cancel()
@@ -131,6 +132,10 @@ class ExternalToolbox(ExternalTools):
     def _end(self, task: asyncio.Task[ExecutionResult]) -> None:
         self._running.discard(task)
         self._places.release()
+
+
+def _timed_out(timeout_s: float) -> ExecutionResult:
+    return ExecutionResult(success=False, output="", error=f"timed out after {timeout_s:g} s", metadata={"timeout": True})
 
 
 async def _run(tool: ExternalTool, arguments: dict[str, Any], trajectory_id: str | None) -> ExecutionResult:

@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 from hermes_envs.errors import ConfigError
 from hermes_envs.tools.builtin import BUILTIN_TOOLS
 from hermes_envs.tools.tool import Tool
-
-
-def _split_at_commas(value: object) -> object:
-    parts = [value] if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-        return [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    return value
-
-
-Names = Annotated[list[str], BeforeValidator(_split_at_commas)]
-"""The type of an option that is a list in YAML, and names separated by commas in a flag or a variable."""
 
 _MEMBERS = {
     "terminal": ("terminal",),

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from hermes_envs.env import AgentEnv, AgentEnvConfig, AgentTask
 from hermes_envs.rollouts.trajectory import Episode, Score
-from hermes_envs.runs.group_queue import GroupQueue
+from hermes_envs.runs.group_queue import GroupQueue, QueueOptions
 from hermes_envs.runs.reporter import Reporter
 from hermes_envs.tools.call import ToolCall
 from hermes_envs.workspace import Workspace
@@ -115,11 +115,11 @@ async def test_a_run_under_fire_loses_no_rollout(temporary: Path) -> None:
         queue = GroupQueue(
             environment.get_next_item,
             environment.collect_group,
-            environment._lost_group,
+            environment.item_name,
             save,
             reporter,
-            concurrency=4,
-            attempts=3,
+            GROUP_SIZE,
+            QueueOptions(max_concurrent_groups=4, group_attempts=3),
         )
         trouble = asyncio.create_task(cause_trouble(environment, random.Random(7), struck), name="trouble")
         try:
