@@ -16,11 +16,13 @@ a variable, `TOOL_EXECUTOR_*`. When it listens it prints `{"ready": true, "port"
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
 import secrets
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -28,7 +30,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
-from backends import BackendOptions, ToolBackend, create_tool_backend
+from backends import BackendOptions, ToolBackend, create_tool_backend, options_with
 from backends.base import Slot
 from backends.errors import SandboxError
 from hermes_envs.errors import HermesEnvsError
@@ -235,11 +237,20 @@ async def serve(options: ToolExecutorServerOptions) -> None:
             await slots.close()
 
 
+def _chosen_backend(arguments: Sequence[str], variables: Mapping[str, str]) -> str:
+    """What `tool_pool_mode` is going to be; asked before the options are read, since the backend may have some of its own."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--tool-pool-mode", dest="mode", nargs="?")
+    given = flags.parse_known_args(arguments)[0].mode or variables.get("TOOL_EXECUTOR_TOOL_POOL_MODE")
+    return given or str(ToolExecutorServerOptions.model_fields["tool_pool_mode"].default)
+
+
 def main() -> int:
     """Run until told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(ToolExecutorServerOptions.read(__doc__ or "", sys.argv[1:], os.environ, ALIASES)))
+        options = options_with(ToolExecutorServerOptions, _chosen_backend(sys.argv[1:], os.environ))
+        asyncio.run(serve(options.read(__doc__ or "", sys.argv[1:], os.environ, ALIASES)))
     except (HermesEnvsError, SandboxError) as reason:
         sys.stderr.write(f"error: {' '.join(str(reason).split())}\n")
         return 1

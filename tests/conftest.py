@@ -17,6 +17,10 @@ from tests.support.leftovers import leftovers
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+MADE = pytest.StashKey[Path]()
+"""The directory of this run, if this process has made it."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Keep all files of a run below one directory with a short path: that of a unix socket may have 107 bytes.
@@ -29,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Slots and servers may run as other users.
         run.chmod(0o755)
         config.option.basetemp = config.option.basetemp or str(run / "pytest")
+        config.stash[MADE] = run
     else:
         run = Path(os.environ["TMPDIR"]).parent
     temporary = run / (worker or "main")
@@ -37,11 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("heavy") is None)
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Remove the directory of the run, unless there is a failure to look into."""
-    if exitstatus == pytest.ExitCode.OK and "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(Path(tempfile.gettempdir()).parent)
+    if session.testsfailed == 0 and MADE in session.config.stash:
+        # Workers that are just ending remove some of it themselves.
+        shutil.rmtree(session.config.stash[MADE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Coroutine, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from backends import BackendOptions, create_tool_backend
+from backends import BackendOptions, create_tool_backend, options_with
 from backends.base import ToolBackend
 from backends.errors import SandboxUnavailableError
 from hermes_envs.services.trajectory_slots import TrajectorySlots
@@ -53,7 +53,8 @@ class TerminalPool:
             SandboxError: as for a pool of one's own.
         """
         # Threads do not survive a fork: a child process needs a pool of its own.
-        key = f"{os.getpid()} {options.model_dump_json(include=set(BackendOptions.model_fields))}"
+        of_backend = set(options_with(BackendOptions, options.tool_pool_mode).model_fields)
+        key = f"{os.getpid()} {options.model_dump_json(include=of_backend)}"
         with cls._shared_lock:
             pool = cls._shared.get(key)
             if pool is None or pool._closed:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from backends import BackendOptions
+from backends import BackendOptions, options_with
 from hermes_envs.agent_programs.pool import TerminalPool
 from hermes_envs.agent_programs.terminal import Terminal
 from hermes_envs.services.variables import VariableOptions
@@ -35,5 +35,6 @@ def terminal_from_variables(task_id: str = "", variables: Mapping[str, str] | No
     """
     given = os.environ if variables is None else variables
     chooser = "TERMINAL_SLOT_BACKEND" if given.get("TERMINAL_ENV") == "slot_pool" else "TERMINAL_ENV"
-    options = TerminalOptions.from_variables(given, {chooser: "TERMINAL_TOOL_POOL_MODE"})
+    mode = given.get(chooser) or given.get("TERMINAL_TOOL_POOL_MODE") or TerminalOptions.model_fields["tool_pool_mode"].default
+    options = options_with(TerminalOptions, mode).from_variables(given, {chooser: "TERMINAL_TOOL_POOL_MODE"})
     return Terminal(TerminalPool.shared(options), task_id=task_id, cwd=options.cwd, timeout_s=options.timeout)

@@ -6,22 +6,15 @@ import asyncio
 import os
 import signal
 import sys
-from dataclasses import dataclass
 
 from backends.teardown import finish
 from hermes_envs.errors import TaskBuildError
 
 
-@dataclass(frozen=True)
-class FinishedProcess:
-    """How a program ended, and the lines that it wrote."""
+async def run_module(*arguments: str, timeout_s: float) -> tuple[int, list[str]]:
+    """Run `python -m ARGUMENTS` with this interpreter; returns its exit code and the lines that it wrote.
 
-    exit_code: int
-    lines: list[str]
-
-
-async def run_module(*arguments: str, timeout_s: float) -> FinishedProcess:
-    """Run `python -m ARGUMENTS` with this interpreter to its end; whatever it started is killed with it if it is cancelled.
+    On cancellation it is killed, with whatever it started.
 
     Raises:
         TaskBuildError: it takes too long.
@@ -44,4 +37,4 @@ async def run_module(*arguments: str, timeout_s: float) -> FinishedProcess:
             os.killpg(process.pid, signal.SIGKILL)
             await finish(process.wait())
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
-    return FinishedProcess(process.returncode or 0, lines)
+    return process.returncode or 0, lines

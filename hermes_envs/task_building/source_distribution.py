@@ -59,10 +59,10 @@ async def _run_pip(command: str, *arguments: str) -> None:
         TaskBuildError: it fails; the message is the last error that it wrote.
     """
     quietly = ("--quiet", "--disable-pip-version-check", "--no-input")
-    process = await run_module("pip", command, *quietly, *arguments, timeout_s=_PIP_TIMEOUT_S)
-    if process.exit_code != 0:
-        errors = [line for line in process.lines if line.lower().startswith("error")]
-        reason = (errors or process.lines or [f"status {process.exit_code}"])[-1]
+    exit_code, lines = await run_module("pip", command, *quietly, *arguments, timeout_s=_PIP_TIMEOUT_S)
+    if exit_code != 0:
+        errors = [line for line in lines if line.lower().startswith("error")]
+        reason = (errors or lines or [f"status {exit_code}"])[-1]
         raise TaskBuildError(f"pip {command} failed: {reason[:500]}")
 
 

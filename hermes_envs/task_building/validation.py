@@ -54,8 +54,8 @@ async def _run(folder: Path, policy: str, count: int) -> tuple[dict[str, list[_V
         }
         arguments = [argument for name, value in flags.items() for argument in (f"--env.{name}", value)]
         command = ("hermes_envs.swe_smith", "process", *arguments)
-        process = await run_module(*command, timeout_s=_SECONDS_PER_TASK * (count + 1))
-        return _read_verdicts(groups), (process.lines or ["no output"])[-1][:300]
+        _, lines = await run_module(*command, timeout_s=_SECONDS_PER_TASK * (count + 1))
+        return _read_verdicts(groups), (lines or ["no output"])[-1][:300]
 
 
 def _read_verdicts(groups: Path) -> dict[str, list[_Verdict]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import BackendConfigError, BackendOptions
+from backends import BackendConfigError, BackendOptions, options_with
 from hermes_envs.agent_programs.pool import TerminalPool
 from hermes_envs.agent_programs.variables import terminal_from_variables
 from hermes_envs.errors import ConfigError
@@ -37,10 +37,6 @@ def test_terminals_as_the_variables_want_them(tmp_path: Path, which: dict[str, s
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"TERMINAL_ENV": "ssh"}, "TERMINAL_ENV: Input should be 'local', 'docker', 'nomad' or 'modal'"),
-        ({"TERMINAL_ENV": "singularity"}, "TERMINAL_ENV: Input should be"),
-        ({"TERMINAL_ENV": "slot_pool", "TERMINAL_SLOT_BACKEND": "slurm"}, "TERMINAL_SLOT_BACKEND: Input should be"),
-        ({"TERMINAL_ENV": "slot_pool", "TERMINAL_SLOT_BACKEND": "slot_pool"}, "TERMINAL_SLOT_BACKEND: Input should be"),
         ({"TERMINAL_TIMEOUT": "soon"}, "TERMINAL_TIMEOUT: Input should be a valid number"),
         ({"TERMINAL_TIMEOUT": "0"}, "TERMINAL_TIMEOUT: Input should be greater than 0"),
         ({"TERMINAL_LOCAL_SLOTS": "0"}, "TERMINAL_LOCAL_SLOTS: Input should be greater than or equal to 1"),
@@ -58,6 +54,7 @@ def test_what_cannot_be_honoured_is_named(variables: dict[str, str], words: str)
     [
         ("docker", "TERMINAL_DOCKER_IMAGE"),
         *(("nomad", f"TERMINAL_NOMAD_{name}") for name in ("ADDRESS", "DRIVER", "IMAGE", "SLOTS", "MIN", "MAX", "AUTOSTART")),
+        *((mode, f"TERMINAL_{mode.upper()}_HOST") for mode in ("ssh", "singularity", "slurm")),
         *(("modal", f"TERMINAL_MODAL_{name}") for name in ("MODE", "IMAGE", "SLOTS", "MIN", "MAX", "POOL_MAX", "IDLE_TIMEOUT")),
     ],
 )
@@ -66,3 +63,25 @@ def test_backends_that_this_version_does_not_have_are_refused(mode: str, variabl
         for variables in (chosen, chosen | {variable: "1"}):
             with pytest.raises(BackendConfigError, match=f"'{mode}' is not available in this version; available: local"):
                 terminal_from_variables("task", variables)
+
+
+def test_a_pool_of_slots_is_no_backend() -> None:
+    with pytest.raises(BackendConfigError, match="'slot_pool' is not available"):
+        terminal_from_variables("task", {"TERMINAL_ENV": "slot_pool", "TERMINAL_SLOT_BACKEND": "slot_pool"})
+
+
+def test_a_backend_of_another_package_with_options_of_its_own(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    variables = {
+        "TERMINAL_ENV": "tests.support.other_backend:OtherBackend",
+        "TERMINAL_OTHER_FILE": str(trace),
+        "TERMINAL_LOCAL_SLOTS": "1",
+    }
+    terminal = terminal_from_variables("task", variables)
+    try:
+        assert terminal.execute("echo x")["output"] == "x\n"
+        assert trace.read_text() == "started"
+    finally:
+        terminal.cleanup()
+        options = options_with(BackendOptions, variables["TERMINAL_ENV"])
+        TerminalPool.shared(options(tool_pool_mode=variables["TERMINAL_ENV"], other_file=str(trace), local_slots=1)).close()

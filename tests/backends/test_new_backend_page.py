@@ -42,6 +42,8 @@ def server(short_path: Path) -> Iterator[RunningServer]:
 
 def test_the_suite_runs_on_it(module: Path, server: RunningServer) -> None:
     options = (f"remote_url=http://127.0.0.1:{server.ready['port']}", f"remote_token_file={module / 'token'}")
+    # It is no worker of pytest-xdist, whatever this process is.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", PART, "--backend", NAME),
@@ -49,7 +51,7 @@ def test_the_suite_runs_on_it(module: Path, server: RunningServer) -> None:
             "tests/backends/test_conformance.py",
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(module)},
+        env={**outer, "PYTHONPATH": str(module)},
         capture_output=True,
         text=True,
         check=False,

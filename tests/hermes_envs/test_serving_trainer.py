@@ -476,6 +476,17 @@ async def test_evaluations_come_on_schedule_and_may_fail(tmp_path: Path, tokeniz
     assert env.taken == list(range(12))
 
 
+class Gated(CountingEnv):
+    """Begins when it is let."""
+
+    gate: asyncio.Event
+
+    async def get_next_item(self) -> int | None:
+        """The next number, behind the gate."""
+        await self.gate.wait()
+        return await super().get_next_item()
+
+
 async def test_two_environments_share_each_batch_as_they_are_allotted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -484,11 +495,15 @@ async def test_two_environments_share_each_batch_as_they_are_allotted(
         ScriptedTrainer(api.address) as trainer,
         Engine(tokenizer, "tinker") as engine,
     ):
-        options = {"ensure_scores_are_not_same": False, "total_steps": 6}
+        options = {"kind": Gated, "ensure_scores_are_not_same": False, "total_steps": 6}
         small = counting(tmp_path, api.address, engine, tokenizer, min_batch_allocation=0.25, wandb_name="small", **options)
         large = counting(tmp_path, api.address, engine, tokenizer, min_batch_allocation=0.75, group_size=4, **options)
+        gate = small.gate = large.gate = asyncio.Event()
         await trainer.register(batch_size=16)
         async with serving(small) as one, serving(large) as other:
+            # The first to register would have the batches to itself until the other has.
+            await until(lambda: api.log.read_text().count("POST /register-env") == 2)
+            gate.set()
             for _ in range(2):
                 # Three batches each: a quarter of them in groups of 2, the rest in groups of 4.
                 await trainer.queue_of(6 + 9)

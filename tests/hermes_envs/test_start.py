@@ -26,7 +26,8 @@ sys.stderr.write(f"\\nstatus {status!r} loaded {' '.join(sorted({name.split('.')
 def run(*arguments: str, source: str = RUN) -> tuple[str, set[str]]:
     """What the command says, and the packages that it has loaded."""
     done = subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True, check=True)
-    loaded = done.stderr.strip().splitlines()[-1].partition(" loaded ")[2]
+    # Libraries may have more to say when the interpreter ends.
+    [loaded] = [line.partition(" loaded ")[2] for line in done.stderr.splitlines() if " loaded " in line]
     return done.stdout + done.stderr, set(loaded.split())
 
 

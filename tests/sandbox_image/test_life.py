@@ -315,3 +315,18 @@ async def test_many_connections_wait_for_a_server_that_is_busy() -> None:
             os.kill(server.process.pid, signal.SIGCONT)
             for connection in connections:
                 connection.close()
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.01, 0.03])
+async def test_a_server_that_is_stopped_while_resets_wait_for_each_other(pause: float) -> None:
+    with running(slots=3) as server:
+        api = Api.over(server)
+        async with api.session:
+            slots = [Api(api.session, f"slot_{number}") for number in range(3)]
+            resets = [asyncio.create_task(slot.reset(network=turn % 2 == 0)) for turn in range(6) for slot in slots]
+            # All of them are on their way.
+            await asyncio.wait(resets, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(server.stop)
+            await asyncio.gather(*resets, return_exceptions=True)
+        # Nothing may be left, which is seen to at the end.

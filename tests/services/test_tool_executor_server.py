@@ -312,6 +312,17 @@ async def test_the_process_ends_in_order(tmp_path: Path) -> None:
     assert not mentioning(str(tmp_path))
 
 
+@pytest.mark.parametrize("flag", [True, False], ids=["flags", "variables"])
+async def test_a_backend_of_another_package_with_options_of_its_own(tmp_path: Path, flag: bool) -> None:
+    given = {"tool_pool_mode": "tests.support.other_backend:OtherBackend", "other_file": str(tmp_path / "trace")}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()] if flag else []
+    variables = {} if flag else {f"TOOL_EXECUTOR_{name.upper()}": value for name, value in given.items()}
+    async with running(MODULE, "--local-slots=1", *flags, token="", **variables) as service:
+        assert (await service.client.post("/execute", call("echo hi")))[1]["output"] == "hi\n"
+        assert (tmp_path / "trace").read_text() == "started"
+        assert (await service.end())[0] == 0
+
+
 async def test_the_process_offers_the_tools_of_a_tool_server(tmp_path: Path) -> None:
     flags = ("--port", "0", "--tools", "hermes_envs.tools.sha256:TOOLS")
     async with running("hermes_envs.tool_server", *flags, token="s", TOOL_SERVER_TOKEN="s") as tools:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-PATIENCE_S = 120.0
+PATIENCE_S = 180.0
 """When a test gives up what it waits for. A stop for what hangs: it says nothing about how long anything may take."""
 
 
