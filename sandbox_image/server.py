@@ -101,7 +101,14 @@ def _stop_event(options: Options) -> asyncio.Event:
 
 
 async def _start_all(slots: Iterable[HostedSlot]) -> None:
-    endings = await asyncio.gather(*(slot.start() for slot in slots), return_exceptions=True)
+    # Not thousands at a time: each box must start within a time limit.
+    starts = asyncio.Semaphore(4 * (os.cpu_count() or 1))
+
+    async def start(slot: HostedSlot) -> None:
+        async with starts:
+            await slot.start()
+
+    endings = await asyncio.gather(*map(start, slots), return_exceptions=True)
     for ending in endings:
         if isinstance(ending, MissingDefenceError):
             raise StartupError(str(ending)) from ending

@@ -173,7 +173,7 @@ WAIT = "while ! test -e {file}.done; do sleep 0.01; done"
 async def test_background_jobs_stay_and_their_output_is_told_apart(api: Api, marker: str) -> None:
     late = f"{WHEN.format(file='one', command='echo late')}; {WHEN.format(file='two', command='echo later')}"
     assert await said(api, f"sleep {marker} & ({late}) & echo now") == "now\n"
-    assert someone_runs(f"sleep {marker}")
+    assert await becomes(lambda: someone_runs(f"sleep {marker}"))
     next_one = await api.stateful(f"touch one; {WAIT.format(file='one')}; echo mine")
     assert (next_one["output"], next_one["metadata"]["background_output"]) == ("mine\n", "late\n")
     await api.output("touch two; " + WAIT.format(file="two"))
@@ -204,7 +204,7 @@ async def test_a_stateless_call_still_leaves_nothing(api: Api, marker: str) -> N
     await said(api, f"sleep {marker}1 &")
     await api.output(f"setsid sleep {marker}2 & while ! pgrep -f '[s]leep {marker}2'; do :; done")
     assert not someone_runs(f"sleep {marker}2")
-    assert someone_runs(f"sleep {marker}1")
+    assert await becomes(lambda: someone_runs(f"sleep {marker}1"))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ async def test_a_timeout_interrupts_and_keeps_the_shell(visitor: Api, marker: st
     metadata = result["metadata"]
     assert (metadata["timeout"], metadata["exit_code"], metadata["shell_replaced"]) == (True, None, False)
     assert await said(visitor, "echo $? $kept; pwd; kill -0 %1 && echo job") == "130 yes\n/tmp\njob\n"
-    assert not someone_runs(f"{marker}1")
+    assert await becomes(lambda: not someone_runs(f"{marker}1"))
 
 
 async def test_only_a_shell_that_cannot_be_interrupted_is_replaced(api: Api, marker: str) -> None:
