@@ -29,11 +29,11 @@ class Endpoints(Generic[E]):
     """Hands requests to the least busy endpoint, in the order in which they come.
 
     A request that fails with `EngineUnavailableError` is sent again after a pause: `RETRIES` times, and once more for each
-    further endpoint. With `health_check` of their configs it is sent again for `patience_s` while no server is there to answer.
-    Any other failure is final. There may be no endpoint at all, for policies that ask no model.
+    further endpoint. Any other failure is final. There may be no endpoint at all, for policies that ask no model.
     """
 
-    def __init__(self, endpoints: Iterable[E] = (), patience_s: float = 300.0) -> None:
+    def __init__(self, endpoints: Iterable[E] = (), patience_s: float = 0.0) -> None:
+        """`patience_s`: for how long a request is sent again while no server is there, if a config has `health_check`."""
         self._endpoints = list(endpoints)
         self._patience_s = patience_s if any(endpoint.config.health_check for endpoint in self._endpoints) else 0.0
         self._queue = asyncio.Lock()

@@ -25,9 +25,7 @@ BASH = [
 
 
 def config_for(base_url: str, *, timeout_s: int = 30, at_once: int = 512) -> APIServerConfig:
-    return APIServerConfig(
-        base_url=base_url, model_name="tiny", timeout=timeout_s, num_max_requests_at_once=at_once, health_check=False
-    )
+    return APIServerConfig(base_url=base_url, model_name="tiny", timeout=timeout_s, num_max_requests_at_once=at_once)
 
 
 @asynccontextmanager
