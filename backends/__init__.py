@@ -70,7 +70,7 @@ Options = TypeVar("Options", bound=BackendOptions)
 
 
 def options_with(options: type[Options], mode: str) -> type[Options]:
-    """`options` with those of the backend that `mode` names, as far as they are not among them.
+    """`options` with those of the backend that `mode` names, as far as they are not among them; `mode` is the default then.
 
     Raises:
         BackendConfigError: there is no such backend.
@@ -79,7 +79,10 @@ def options_with(options: type[Options], mode: str) -> type[Options]:
     if issubclass(options, own):
         return options
     bases = cast("tuple[type[Options], ...]", (options, own))
-    return create_model(options.__name__, __base__=bases, __doc__=options.__doc__, __module__=options.__module__)
+    chosen = (str, Field(mode, description=BackendOptions.model_fields["tool_pool_mode"].description))
+    return create_model(
+        options.__name__, __base__=bases, __doc__=options.__doc__, __module__=options.__module__, tool_pool_mode=chosen
+    )
 
 
 def create_tool_backend(options: BackendOptions) -> ToolBackend:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from backends.base import Layer as Layer
     from backends.base import Slot as Slot
     from backends.errors import SandboxError as SandboxError
+    from backends.options import Names as Names
     from hermes_envs.env import AgentEnv as AgentEnv
     from hermes_envs.env import OrderedEnv as OrderedEnv
     from hermes_envs.env_config import AgentEnvConfig as AgentEnvConfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "backends.base": ("Layer", "Slot"),
     "backends.errors": ("SandboxError",),
+    "backends.options": ("Names",),
     "hermes_envs.env": ("AgentEnv", "OrderedEnv"),
     "hermes_envs.env_config": ("AgentEnvConfig",),
     "hermes_envs.errors": (

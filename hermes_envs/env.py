@@ -39,6 +39,7 @@ from hermes_envs.runs.atropos import PLACEHOLDER_TOKENIZER, UnusedServer, flushi
 from hermes_envs.runs.collection import collect
 from hermes_envs.runs.evaluation import evaluate
 from hermes_envs.runs.html_report import write_html_report
+from hermes_envs.runs.reporter import Reporter
 from hermes_envs.runs.summary import Summary
 from hermes_envs.serving.data_order import DataOrder
 from hermes_envs.serving.rollout_api import Registration, TrainerInfo
@@ -209,7 +210,10 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
         Raises:
             EnvironmentBuildError: the item cannot be used.
         """
-        return dataclasses.replace(await self.build_task(item), item=item)
+        task = await self.build_task(item)
+        if not isinstance(task, AgentTask):
+            raise TypeError(f"build_task returned {task!r}, not an AgentTask")
+        return dataclasses.replace(task, item=item)
 
     async def run_agent(self, task: Any, trajectory_id: str | None = None) -> Trajectory:
         """One rollout from a fresh slot to a score. The environment must be `running`. `task` may also be an item.
@@ -384,7 +388,8 @@ class AgentEnv(BaseEnv):  # type: ignore[misc]
                 )
         finally:
             self.jsonl_writer.close()
-        await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
+        page = await asyncio.to_thread(write_html_report, Path(self.config.data_path_to_save_groups))
+        Reporter(title).tell(f"written to {self.config.data_path_to_save_groups} and {page}")
 
     async def _save_group(self, item: Any, group: Group) -> None:
         await self.record_items(await self.postprocess_histories(group.items()), item)

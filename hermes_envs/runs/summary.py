@@ -65,7 +65,10 @@ class Summary:
         """
         if self.groups_with_defects == self.groups + self.failed_groups >= first_groups:
             last = next(reversed(self.failures["defect"].values()))
-            raise EnvironmentDefectError(f"all of the first {self.groups_with_defects} groups had one, the last: {last}")
+            groups = self.groups_with_defects
+            raise EnvironmentDefectError(
+                f"all of the first {groups} groups ended in a defect of the environment's code: {last}"
+            )
 
     def give_up_if_hopeless(self, first_groups: int) -> None:
         """End a run in which nothing works: an engine that is not there fails every group alike.

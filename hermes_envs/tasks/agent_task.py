@@ -41,3 +41,8 @@ class AgentTask:
     reference: Reference | None = None
     limits: TaskLimits = TaskLimits()
     item: Any = None
+
+    def __post_init__(self) -> None:
+        """Raises: TypeError: the prompt is not messages."""
+        if not all(isinstance(message, dict) for message in self.prompt):
+            raise TypeError(f"the prompt of a task is a list of messages, not {self.prompt!r:.100}")
