@@ -248,6 +248,23 @@ async def test_a_request_without_callers_is_given_up(lying_server: Start, window
     commands.end("a", "b")
 
 
+@both_windows
+async def test_a_request_is_given_up_when_the_last_who_waits_has_its_result(lying_server: Start, window_s: float) -> None:
+    commands = Commands()
+    server = await lying_server(commands.reply)
+    dispatcher = Dispatcher(server.client, window_s=window_s)
+    gone, stays = start(dispatcher, request("a", 0), request("b", 1))
+    await commands.requests(1)
+    gone.cancel()
+    await asyncio.wait([gone])
+    commands.end("b")
+    assert (await stays).output == "b"
+    [visit] = server.visits
+    assert await visit.reader.read() == b"", "the client has closed the connection"
+    await dispatcher.close(SlotLostError("over"))
+    commands.end("a")
+
+
 async def test_a_call_that_cannot_be_encoded_hurts_nobody(lying_server: Start) -> None:
     commands = Commands()
     commands.end("good")

@@ -251,3 +251,34 @@ async def test_an_engine_that_can_only_fail_again_is_asked_once_and_the_group_wi
         group = await env.collect_group("word", 2)
     assert len(env.built) == 1
     assert not group.may_be_tried_again
+
+
+@pytest.mark.parametrize("result", [1.0, None, float("nan"), float("inf")])
+async def test_a_score_that_is_none_is_a_defect_of_the_environment(result: Any) -> None:
+    class Careless(WordEnv):
+        async def verify_and_score_trajectory(self, task: WordTask, episode: Episode, workspace: Workspace) -> Score:
+            return result if result in (1.0, None) else Score(result, "no number")
+
+    env = Careless()
+    async with env.running():
+        group = await env.collect_group("word", 1)
+    assert [failure.blame for failure in group.failures] == ["defect"]
+
+
+def test_details_of_a_score_go_into_a_file() -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Score(1.0, "right", {"path": object()})
+
+
+@pytest.mark.parametrize("task", [None, {"prompt": []}, "text"])
+async def test_what_is_no_task_is_a_defect_of_the_environment(task: Any) -> None:
+    class Careless(WordEnv):
+        async def build_task(self, item: str) -> WordTask:
+            return WordTask(prompt="text", word="w") if task == "text" else task  # type: ignore[arg-type]
+
+    env = Careless()
+    async with env.running():
+        group = await env.collect_group("word", 1)
+    [failure] = group.failures
+    assert failure.blame == "defect"
+    assert "not an AgentTask" in failure.reason or "list of messages" in failure.reason
