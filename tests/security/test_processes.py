@@ -78,11 +78,15 @@ async def outlived(api: Api, command: str) -> bool:
 
 
 async def outlives_outside(field: Field, command: str) -> bool:
-    place = field.new_directory(None)
-    place.chmod(0o777)
-    await Outside(directory=place).strike(Attack("", "", command, Outside(), control_s=0.5), field)
-    (place / "alive").unlink(missing_ok=True)
-    return await asyncio.to_thread(eventually, (place / "alive").exists, 10.0)
+    """The control. A daemon lives for seconds, which a busy machine may let pass before anybody looks: it is tried again."""
+    for _ in range(3):
+        place = field.new_directory(None)
+        place.chmod(0o777)
+        await Outside(directory=place).strike(Attack("", "", command, Outside(), control_s=0.5), field)
+        (place / "alive").unlink(missing_ok=True)
+        if await asyncio.to_thread(eventually, (place / "alive").exists, 10.0):
+            return True
+    return False
 
 
 TOUCH = "open('alive', 'w').close(); time.sleep(0.02)"
